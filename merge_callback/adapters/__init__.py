@@ -1,0 +1,25 @@
+"""What an adapter does to one weight. Knows nothing of how weights are stored or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Update(Protocol):
+    """The change that one adapter makes to one weight."""
+
+    def add_to(self, merged: Tensor, base: Tensor) -> None:
+        """Add the change to `merged`, in place.
+
+        Args:
+            merged: float32; the base plus the changes of the adapters before this one.
+            base: the weight that the adapter was trained on, any float dtype; not written to.
+        """
+        ...
+
+    def tensors(self) -> Iterable[Tensor]:
+        """The trained tensors."""
+        ...

@@ -1,0 +1,116 @@
+"""LoRA, rsLoRA and DoRA on linear and embedding layers, as PEFT 0.21 trains them.
+
+    LoRA (Hu et al. 2021, section 4.1):       W' = W + s B A,        B (out, r), A (r, in)
+    DoRA (Liu et al. 2024, equation 5):       W' = m * (W + s B A) / |W + s B A|,  norms by row
+    Embedding:                                E' = E + s (B A)^T,    B (dim, r), A (r, vocabulary)
+
+`s` is PEFT's own `scaling[name]`: rsLoRA, rank and alpha patterns and `set_scale` are in it.
+Several active adapters add their changes to the same base, as PEFT's forward does. Knows nothing
+of how weights are stored or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from merge_callback.adapters import Update
+
+_ROW_VALUES = 1 << 21  # values of a DoRA temporary
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W' = W + s B A; `transposed` where the weight is stored (in, out)."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scaling: float
+    transposed: bool = False
+
+    def add_to(self, merged: Tensor, base: Tensor) -> None:
+        a, b = _float32(self.a, merged), _float32(self.b, merged)
+        view = merged.t() if self.transposed else merged
+        view.addmm_(b, a, alpha=self.scaling)  # (out, r) @ (r, in)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return (self.a, self.b)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """W' = m * V / |V| with V = W + s B A; the norm of each row of the (out, in) matrix."""
+
+    low_rank: LowRank
+    magnitude: Tensor  # (out,)
+
+    def add_to(self, merged: Tensor, base: Tensor) -> None:
+        a, b = _float32(self.low_rank.a, merged), _float32(self.low_rank.b, merged)
+        magnitude = _float32(self.magnitude, merged).reshape(-1, 1)
+        if self.low_rank.transposed:
+            merged, base = merged.t(), base.t()
+        rows = max(1, _ROW_VALUES // base.shape[1])
+        for start in range(0, base.shape[0], rows):
+            part = slice(start, start + rows)
+            weight = base[part].float()
+            direction = torch.addmm(weight, b[part], a, alpha=self.low_rank.scaling)
+            factor = magnitude[part] / torch.linalg.norm(direction, dim=1, keepdim=True)
+            merged[part] += direction.mul_(factor).sub_(weight)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return (*self.low_rank.tensors(), self.magnitude)
+
+
+def updates(layer: LoraLayer) -> tuple[Update, ...]:
+    """The changes that the active adapters of `layer` make to its base weight."""
+    return tuple(_update(layer, name) for name in _active(layer))
+
+
+def problems(layer: nn.Module) -> Iterator[str]:
+    """Why `layer` cannot be merged here, with the cure; nothing when it can."""
+    if not isinstance(layer, LoraLayer):
+        yield f"{type(layer).__name__} is not a LoRA layer; only LoRA, rsLoRA and DoRA merge here"
+        return
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Linear | nn.Embedding) and type(base).__name__ != "Conv1D":
+        kind = type(base).__name__
+        yield f"LoRA on a {kind} does not merge here; leave it out of target_modules"
+    if isinstance(layer, ParamWrapper):
+        yield "target_parameters do not merge here; target the modules instead"
+    for name in _active(layer):
+        variant = layer.lora_variant.get(name)
+        if variant is not None and type(variant) is not DoraLinearVariant:
+            kind = type(variant).__name__.removesuffix("Variant")
+            yield f"adapter {name!r} uses {kind}, which does not merge here; train with plain LoRA"
+        if layer.lora_bias.get(name):
+            yield f"adapter {name!r} has lora_bias, which does not merge here; use lora_bias=False"
+
+
+def _active(layer: LoraLayer) -> list[str]:
+    return [n for n in layer.active_adapters if n in layer.lora_A or n in layer.lora_embedding_A]
+
+
+def _update(layer: LoraLayer, name: str) -> Update:
+    scaling = float(layer.scaling[name])
+    if name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        return LowRank(a.detach(), b.detach(), scaling, transposed=True)
+    low_rank = LowRank(
+        layer.lora_A[name].weight.detach(),
+        layer.lora_B[name].weight.detach(),
+        scaling,
+        transposed=bool(getattr(layer, "fan_in_fan_out", False)),
+    )
+    if name not in layer.lora_variant:
+        return low_rank
+    return Dora(low_rank, layer.lora_magnitude_vector[name].weight.detach())
+
+
+def _float32(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(device=like.device, dtype=torch.float32)

@@ -1,0 +1,265 @@
+"""Trainer events: when to merge, on which process, and what to do when it fails."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from merge_callback.companions import live_settings
+from merge_callback.errors import MergeError, MergeRefused
+from merge_callback.export import MergeResult, Training, check_merge, export, rescue
+from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.options import MergeOptions
+from merge_callback.plan import make_plan
+from merge_callback.store import MergeStore
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
+
+_FAMILY = r"step-\d{8}(-v\d+)?"  # names of the versions that this callback makes, and prunes
+
+
+@dataclass(frozen=True)
+class MergeFailure:
+    """A merge that failed while `on_error="warn"` let training go on."""
+
+    step: int
+    error: Exception
+
+
+class MergeOnSaveCallback(TrainerCallback):
+    """Merges the adapter into its base when training ends, and at every save if asked.
+
+    Give it to the trainer's constructor, so that it sees the model before the first evaluation.
+
+    Args:
+        output_dir: where versions go. None: `<args.output_dir>/_merged`, which neither checkpoint
+            rotation nor the trainer's own push touches.
+        save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
+            None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
+        merge_on_save: merge at every checkpoint too.
+        rounding: how 4-bit codes are chosen, see `MergeOptions`.
+        dtype: dtype of the 16-bit output; None: that of the base.
+        quantization_config: settings of 4-bit output on a base that is not 4-bit.
+        max_shard_size: largest weight file, in bytes or as `"5GB"`.
+        safe_serialization: None or True; False is refused.
+        verify: read every file back and compare it with what was written.
+        keep_last: how many versions to keep; None: all. The best step's always stays.
+        on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
+
+    Attributes:
+        results: one `MergeResult` for each version that was published.
+        failures: one `MergeFailure` for each merge that failed under `on_error="warn"`.
+
+    Raises:
+        MergeRefused: an option that cannot be honoured; or, when training begins, all that stands
+            against the merge.
+        MergeError: a merge failed. At the end of training the adapter has been saved by then, and
+            the error says where.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        *,
+        save_method: str | Sequence[str] | None = None,
+        merge_on_save: bool = False,
+        rounding: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool | None = None,
+        verify: bool = True,
+        keep_last: int | None = None,
+        on_error: str = "raise",
+    ):
+        self._options = MergeOptions(
+            save_method=save_method,
+            rounding=rounding,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
+            verify=verify,
+        )
+        if on_error not in ("raise", "warn"):
+            raise MergeRefused([f"on_error={on_error!r} is not known; use 'raise' or 'warn'"])
+        if keep_last is not None and keep_last < 1:
+            raise MergeRefused(
+                [f"keep_last={keep_last} would keep nothing; use 1 or more, or None"]
+            )
+        self.results: list[MergeResult] = []
+        self.failures: list[MergeFailure] = []
+        self._output_dir = output_dir
+        self._merge_on_save = merge_on_save
+        self._keep_last = keep_last
+        self._on_error = on_error
+        self._settings: dict[str, Any] | None = None
+        self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note what the trainer is about to change in the config."""
+        config = getattr(model, "config", None)
+        if model is not None and config is not None:
+            self._settings = live_settings(config)
+            keep_cpu_weights_unpacked(model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse now what would fail after hours of training."""
+        if model is None or not _acts(state):
+            return
+        keep_cpu_weights_unpacked(model)
+        self._merged = None
+        saves = self._saves_to_come(args, state)
+        plan = check_merge(model, self._store(args), self._options, saves=saves)
+        logger.info(
+            "merges to come: %d of %.2f GB each, into %s",
+            saves,
+            plan.nbytes / 1e9,
+            self._store(args).root,
+        )
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Merge at a checkpoint, when asked to."""
+        if model is not None and self._merge_on_save and _acts(state):
+            self._try(args, state, model, processing_class, best_step=None, last=False)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Merge what was trained, unless the last save has done so."""
+        if model is None or not _acts(state):
+            return
+        best_step = _best_step(args, state)
+        if self._merged == (state.global_step, None) and best_step in (None, state.global_step):
+            return
+        self._try(args, state, model, processing_class, best_step=best_step, last=True)
+
+    def _try(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        processing_class: Any,
+        *,
+        best_step: int | None,
+        last: bool,
+    ) -> None:
+        """Merge; on failure save the adapter if this was the last chance, then raise or warn."""
+        try:
+            self._merge(args, state, model, processing_class, best_step)
+        except Exception as error:
+            saved = f"; {self._rescue(args, state, model)}" if last else ""
+            failure = MergeError(f"the merge at step {state.global_step} failed: {error}{saved}")
+            if self._on_error == "raise":
+                raise failure from error
+            logger.warning("%s", failure, exc_info=error)
+            self.failures.append(MergeFailure(state.global_step, error))
+
+    def _merge(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        processing_class: Any,
+        best_step: int | None,
+    ) -> None:
+        store = self._store(args)
+        options = replace(self._options, progress=not args.disable_tqdm)
+        result = export(
+            make_plan(model, options),
+            store,
+            options,
+            name=_name(state),
+            processing_class=processing_class,
+            training=Training(state.global_step, best_step, self._settings),
+        )
+        self.results.append(result)
+        self._merged = (state.global_step, best_step)
+        if self._keep_last is not None:
+            keep = frozenset(s for s in (state.best_global_step, best_step) if s is not None)
+            for name in store.prune(self._keep_last, family=_FAMILY, keep_steps=keep):
+                logger.info("pruned %s", store.root / name)
+
+    def _rescue(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> str:
+        """Save the adapter alone; say where, or why not."""
+        try:
+            name = f"{_name(state)}-adapter"
+            path = rescue(model, self._store(args), name, state.global_step)
+        except Exception as error:
+            return f"saving the adapter failed too ({error}); it is in the last checkpoint, if any"
+        return f"the adapter is safe in {path}"
+
+    def _store(self, args: TrainingArguments) -> MergeStore:
+        default = Path(args.output_dir or ".") / "_merged"
+        return MergeStore(self._output_dir if self._output_dir is not None else default)
+
+    def _saves_to_come(self, args: TrainingArguments, state: TrainerState) -> int:
+        """Versions that will lie on the disk together, from here to the end of training."""
+        saves = 1
+        if self._merge_on_save:
+            left = max(0, state.max_steps - state.global_step)
+            if args.save_strategy == "steps":
+                saves += left // max(1, state.save_steps or 1)
+            elif args.save_strategy != "no":  # by epoch, or as often as a metric improves
+                saves += math.ceil(state.num_train_epochs or 1)
+        # One above what is kept: pruning comes after publishing, and the best step's may stay too.
+        return saves if self._keep_last is None else min(saves, self._keep_last + 2)
+
+
+def _acts(state: TrainerState) -> bool:
+    """One process writes, and trials of a hyper-parameter search write nothing."""
+    return bool(state.is_world_process_zero) and not state.is_hyper_param_search
+
+
+def _name(state: TrainerState) -> str:
+    name = f"step-{state.global_step:08d}"
+    assert re.fullmatch(_FAMILY, name)
+    return name
+
+
+def _best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """The step whose weights the trainer has loaded at the end; None: the last one's."""
+    best = state.best_model_checkpoint
+    loaded = args.load_best_model_at_end and best is not None and os.path.isdir(best)
+    return state.best_global_step if loaded else None

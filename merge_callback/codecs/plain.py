@@ -1,0 +1,66 @@
+"""Weights stored as they are: floats of 16 and 32 bits, integers. Knows nothing of quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge_callback.codecs import Stored, TensorSpec, runs
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A parameter or buffer that is no more than its tensor."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def decode(self, device: torch.device) -> Tensor:
+        return self.tensor.detach().to(device)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all values survive a cast to `dtype`, as those of an up-cast weight do."""
+        if not self.dtype.is_floating_point or dtype.itemsize >= self.dtype.itemsize:
+            return False
+        values = self.tensor.detach()
+        return all(torch.equal(run.to(dtype).to(run.dtype), run) for (run,) in runs(values))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One tensor of one dtype under the weight's own name.
+
+    `transposed`: the checkpoint has it (in, out), the module (out, in), as for a Conv1D that
+    bitsandbytes turned into a linear layer.
+    """
+
+    dtype: torch.dtype
+    transposed: bool = False
+
+    def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(shape[::-1] if self.transposed else shape, self.dtype)}
+
+    def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        return {name: (weight.t() if self.transposed else weight).to(self.dtype).contiguous()}
+
+    def copy(self, name: str, stored: Stored) -> dict[str, Tensor]:
+        return self.encode(name, stored.decode(stored.device))
+
+    def values(self, name: str, encoded: Mapping[str, Tensor], numel: int) -> Iterator[Tensor]:
+        weight = encoded[name].t() if self.transposed else encoded[name]
+        for (run,) in runs(weight):
+            yield run.float()

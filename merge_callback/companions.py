@@ -1,0 +1,108 @@
+"""What stands beside the weights: config, generation config, tokenizer, adapter files.
+
+Everything is written from copies: saving a transformers config changes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+
+from merge_callback.codecs.bnb4 import Bnb4
+from merge_callback.errors import MergeError
+from merge_callback.plan import Plan
+
+# What a trainer turns off or on in the live config and a user of the model wants back.
+RESTORED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+def save_companions(
+    plan: Plan, method: str, directory: Path, processing_class: Any, restored: Mapping[str, Any]
+) -> None:
+    """Write config, generation config and tokenizer (or processor) of one merged model."""
+    _config(plan, method, restored).save_pretrained(directory)
+    generation = generation_config(plan)
+    if generation is not None:
+        generation.save_pretrained(directory)
+    if processing_class is not None:
+        processing_class.save_pretrained(directory)
+
+
+def generation_problems(plan: Plan) -> list[str]:
+    """Why the generation config cannot be saved; transformers only finds out at the end."""
+    generation = generation_config(plan)
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+    except ValueError as error:
+        return [f"model.generation_config cannot be saved; change the values it names: {error}"]
+    return []
+
+
+def generation_config(plan: Plan) -> GenerationConfig | None:
+    """A copy of the model's generation config; None when it does not generate."""
+    found = getattr(plan.model, "generation_config", None)
+    return copy.deepcopy(found) if plan.model.can_generate() else None
+
+
+def live_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The values of RESTORED as they stand in a live config."""
+    text = config.get_text_config()
+    return {name: getattr(text, name) for name in RESTORED if hasattr(text, name)}
+
+
+def save_adapter(model: PeftModel, adapters: tuple[str, ...], directory: Path) -> None:
+    """Write the active adapters with PEFT's own save, and leave PEFT's configs as they were."""
+    before = {name: dict(vars(model.peft_config[name])) for name in adapters}
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks the Hub whether the vocabulary was resized, and warns when it cannot.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+            model.save_pretrained(str(directory), selected_adapters=list(adapters))
+    finally:
+        for name, values in before.items():
+            vars(model.peft_config[name]).update(values)
+
+
+def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
+    config = copy.deepcopy(plan.model.config)
+    config.architectures = [type(plan.model).__name__]
+    for name, value in restored.items():
+        setattr(config.get_text_config(), name, value)
+    if plan.untied:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    if method == "merged_16bit":
+        config.dtype = plan.dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    elif plan.base_is_4bit:
+        config.quantization_config.bnb_4bit_quant_storage = torch.uint8  # what is written
+    else:
+        config.dtype = plan.dtype
+        config.quantization_config = _quantization_config(plan, method)
+    return config
+
+
+def _quantization_config(plan: Plan, method: str) -> BitsAndBytesConfig:
+    """The config of a 4-bit checkpoint that was made of a base of more bits."""
+    written = [c for c in plan.containers[method].values() if isinstance(c, Bnb4)]
+    if not written:
+        raise MergeError(
+            "the model has no linear layer to quantise; use save_method='merged_16bit'"
+        )
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=written[0].quant_type,
+        bnb_4bit_use_double_quant=written[0].nested,
+        bnb_4bit_compute_dtype=written[0].dtype,
+        llm_int8_skip_modules=plan.unquantised_linears(method),
+    )

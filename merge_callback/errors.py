@@ -1,0 +1,24 @@
+"""The errors that users see. Knows nothing of tensors or files."""
+
+from collections.abc import Sequence
+
+
+class MergeError(Exception):
+    """A merge that cannot be done, or that failed.
+
+    Never a RuntimeError: accelerate restarts training with a smaller batch when a RuntimeError
+    speaks of memory, and a merge that ran out of memory is no reason to train again.
+    """
+
+
+class MergeRefused(MergeError):
+    """What was asked for cannot be exported; every problem that was found is listed at once."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"this adapter cannot be merged:{lines}")
+
+
+class CorruptVersion(MergeError):
+    """A file of a version is missing, or differs from what the manifest says."""

@@ -1,0 +1,445 @@
+"""The merge: plan, then weight by weight decode, add the adapter, round, write; then publish.
+
+The live model is only read. One group of weights is in flight at a time, and nothing is published
+unless every step went well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig
+from transformers.modeling_utils import unwrap_model
+
+from merge_callback.codecs import runs
+from merge_callback.companions import generation_problems, save_adapter, save_companions
+from merge_callback.errors import MergeError, MergeRefused
+from merge_callback.live import Weight, active_adapters
+from merge_callback.options import MergeOptions
+from merge_callback.plan import Group, Plan, make_plan
+from merge_callback.retention import Retention, retention
+from merge_callback.shards import CheckpointWriter, host_bytes
+from merge_callback.store import Draft, MergeStore, Version
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("merge_callback", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+_LITTLE = 0.5  # retention below which a 4-bit export has lost most of what was trained
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A published version.
+
+    Attributes:
+        version: its name, e.g. `step-00000500-v2`.
+        paths: save method -> directory to load from.
+        manifest: what stands in its `merge_manifest.json`.
+    """
+
+    version: str
+    paths: Mapping[str, Path]
+    manifest: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Directory of the first save method."""
+        return next(iter(self.paths.values()))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a trainer knows of the moment of the merge.
+
+    Attributes:
+        step: global step; None outside a trainer.
+        best_step: the step that the weights come from, when the best model was loaded at the end.
+        settings: config values to restore, which the trainer had changed.
+    """
+
+    step: int | None = None
+    best_step: int | None = None
+    settings: Mapping[str, Any] | None = None
+
+
+def merge_adapter(
+    model: nn.Module,
+    output_dir: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    name: str = "merged",
+    save_method: str | list[str] | tuple[str, ...] | None = None,
+    rounding: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    max_shard_size: int | str = "5GB",
+    safe_serialization: bool | None = None,
+    verify: bool = True,
+    progress: bool = True,
+) -> MergeResult:
+    """Merge the active adapters of `model` out of place, and publish the result as a new version.
+
+    The model is only read: it can go on training afterwards as if nothing had happened.
+
+    Args:
+        model: a PeftModel on a bitsandbytes 4-bit or 8-bit base, or on one of 16 or 32 bits.
+        output_dir: where versions go; the model is written to `<output_dir>/<name>`, or, when that
+            exists, to `<name>-v2` and so on. With several save methods, to one subdirectory each.
+        processing_class: tokenizer or processor to write beside the model.
+        name: name of the version.
+        save_method: see `MergeOptions`, as for all that follow.
+
+    Raises:
+        MergeRefused: what was asked for cannot be done; all reasons at once, nothing was written.
+        MergeError: the merge failed; nothing was published.
+        CorruptVersion: what was written does not read back; nothing was published.
+    """
+    options = MergeOptions(
+        save_method=save_method,
+        rounding=rounding,
+        dtype=dtype,
+        quantization_config=quantization_config,
+        max_shard_size=max_shard_size,
+        safe_serialization=safe_serialization,
+        verify=verify,
+        progress=progress,
+    )
+    store = MergeStore(output_dir)
+    plan = check_merge(model, store, options)
+    return export(plan, store, options, name=name, processing_class=processing_class)
+
+
+def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, saves: int = 1) -> Plan:
+    """Find out whether `model` can be merged `saves` times into `store`, before it has to be.
+
+    Raises:
+        MergeRefused: all that stands against it, in one error.
+    """
+    problems: list[str] = []
+    plan: Plan | None = None
+    needed = 0
+    try:
+        plan = make_plan(model, options)
+        needed = plan.nbytes * saves
+        problems += generation_problems(plan)
+    except MergeRefused as error:
+        problems += error.problems
+    try:
+        store.check(needed)
+    except MergeRefused as error:
+        problems += error.problems
+    if problems or plan is None:
+        raise MergeRefused(problems)
+    return plan
+
+
+@torch.no_grad()
+def export(
+    plan: Plan,
+    store: MergeStore,
+    options: MergeOptions,
+    *,
+    name: str,
+    processing_class: Any = None,
+    training: Training | None = None,
+) -> MergeResult:
+    """Write what was planned and publish it as version `name`.
+
+    Raises:
+        MergeError, CorruptVersion: as `merge_adapter`.
+    """
+    training = training or Training()
+    try:
+        return _export(plan, store, options, name, processing_class, training)
+    except OSError as error:
+        raise MergeError(
+            f"writing below {store.root} failed: {error}; nothing was published and no draft is "
+            "left: free space or mend the file system, then merge again"
+        ) from error
+
+
+def _export(
+    plan: Plan,
+    store: MergeStore,
+    options: MergeOptions,
+    name: str,
+    processing_class: Any,
+    training: Training,
+) -> MergeResult:
+    clock = _Clock()
+    with store.draft(name) as draft, _exact_maths(plan):
+        places = {m: draft.path / m if len(plan.methods) > 1 else draft.path for m in plan.methods}
+        kept = _write_weights(plan, options, draft, places)
+        for method, place in places.items():
+            if method == "lora":
+                save_adapter(plan.peft_model, plan.adapters, place)
+                if processing_class is not None:
+                    processing_class.save_pretrained(place)
+            else:
+                save_companions(plan, method, place, processing_class, training.settings or {})
+        draft.seal()
+        clock.lap("write")
+        if options.verify:
+            draft.verify()
+            clock.lap("verify")
+        manifest = _manifest(plan, options, training, kept, clock.seconds)
+        version = store.publish(draft, name, manifest)
+    _report(plan, version, kept, clock)
+    several = len(plan.methods) > 1
+    paths = {m: version.path / m if several else version.path for m in plan.methods}
+    return MergeResult(version.name, paths, version.manifest)
+
+
+def rescue(model: nn.Module, store: MergeStore, name: str, step: int) -> Path:
+    """Save the adapter alone as version `name`: what is left to do when a merge has failed."""
+    adapted = unwrap_model(model)
+    adapters = active_adapters(adapted)
+    with store.draft(name) as draft:
+        save_adapter(adapted, adapters, draft.path)
+        draft.seal()
+        manifest = {
+            "kind": "adapter",
+            "created": _now(),
+            "step": step,
+            "best_step": None,
+            "adapters": list(adapters),
+            "libraries": _libraries(),
+        }
+        return store.publish(draft, name, manifest).path
+
+
+def _write_weights(
+    plan: Plan, options: MergeOptions, draft: Draft, places: Mapping[str, Path]
+) -> dict[str, dict[str, Retention]]:
+    """All weight files; returns method -> weight -> how much of the adapter arrived."""
+    kept: dict[str, dict[str, Retention]] = {method: {} for method in plan.containers}
+    for place in places.values():
+        place.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        writers = {
+            method: stack.enter_context(
+                CheckpointWriter(
+                    places[method], [g.specs[method] for g in plan.groups], options.max_shard_size
+                )
+            )
+            for method in plan.containers
+        }
+        total = sum(len(group.weights) for group in plan.groups)
+        with tqdm(total=total, desc="merge", unit="tensor", disable=not options.progress) as bar:
+            for group in plan.groups:
+                _write_group(plan, group, writers, kept, bar)
+    for method, writer in writers.items():
+        prefix = places[method].relative_to(draft.path)
+        draft.records |= {(prefix / file).as_posix(): r for file, r in writer.records.items()}
+    return kept
+
+
+def _write_group(
+    plan: Plan,
+    group: Group,
+    writers: Mapping[str, CheckpointWriter],
+    kept: Mapping[str, dict[str, Retention]],
+    bar: Any,
+) -> None:
+    encoded: dict[str, dict[str, Tensor]] = {method: {} for method in writers}
+    for weight in group.weights:
+        bar.set_postfix_str(weight.key, refresh=False)
+        for method, tensors, arrived in _encode(plan, weight):
+            encoded[method] |= tensors
+            if weight.updates:
+                kept[method][weight.key] = arrived
+        bar.update()
+    for method, writer in writers.items():
+        reverted = plan.names.revert(encoded.pop(method))
+        for name in group.specs[method]:
+            writer.write(name, reverted.pop(name))
+
+
+def _encode(plan: Plan, weight: Weight) -> Iterator[tuple[str, dict[str, Tensor], Retention]]:
+    """One weight in every container; on the CPU when its device has no memory left."""
+    try:
+        yield from _encode_on(plan, weight, weight.stored.device)
+        return
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "%s: out of memory on %s, merged on the CPU", weight.key, weight.stored.device
+        )
+    yield from _encode_on(plan, weight, torch.device("cpu"))
+
+
+def _encode_on(
+    plan: Plan, weight: Weight, device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor], Retention]]:
+    if not weight.updates:
+        for method, containers in plan.containers.items():
+            yield method, containers[weight.key].copy(weight.key, weight.stored), Retention()
+        return
+    base = weight.stored.decode(device)
+    merged = _merge(weight, base)
+    largest = min(torch.finfo(c[weight.key].dtype).max for c in plan.containers.values())
+    _check_finite(weight, merged, largest)
+    for method, containers in plan.containers.items():
+        container = containers[weight.key]
+        tensors = container.encode(weight.key, merged)
+        written = container.values(weight.key, tensors, merged.numel())
+        triples = ((b, m, w) for (b, m), w in zip(runs(base, merged), written, strict=True))
+        yield method, tensors, retention(triples)
+
+
+def _merge(weight: Weight, base: Tensor) -> Tensor:
+    """The base plus the changes of all active adapters, in float32."""
+    merged = base.to(torch.float32, copy=True)
+    for update in weight.updates:
+        update.add_to(merged, base)
+    return merged
+
+
+def _check_finite(weight: Weight, merged: Tensor, largest: float) -> None:
+    low, high = (float(end) for end in torch.aminmax(merged))
+    if not (abs(low) <= largest and abs(high) <= largest):  # false for NaN
+        raise MergeError(
+            f"{weight.key}: the merged weight is not finite, or too large for the output dtype "
+            f"(from {low:g} to {high:g}, {largest:g} fits); if the training diverged, export an "
+            "earlier checkpoint; if it did not, use dtype='bfloat16'"
+        )
+
+
+@contextlib.contextmanager
+def _exact_maths(plan: Plan) -> Iterator[None]:
+    """Float32 products in float32: neither autocast nor TF32."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    with ExitStack() as stack:
+        for device in {weight.stored.device.type for weight in plan.weights.values()}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = "none"  # inherit again, where that gives what was there
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._last = self._start = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._last, 3)
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _manifest(
+    plan: Plan,
+    options: MergeOptions,
+    training: Training,
+    kept: Mapping[str, Mapping[str, Retention]],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    return {
+        "kind": "merged",
+        "created": _now(),
+        "step": training.step,
+        "best_step": training.best_step,
+        "base": _base(plan),
+        "adapters": list(plan.adapters),
+        "adapter_sha256": _adapter_hash(plan),
+        "save_methods": list(plan.methods),
+        "rounding": options.rounding_method if "merged_4bit" in plan.methods else None,
+        "maths_dtype": "float32",
+        "retention": {
+            method: {
+                "overall": _overall(tensors).value,
+                "tensors": {key: part.value for key, part in tensors.items()},
+            }
+            for method, tensors in kept.items()
+        },
+        "libraries": _libraries(),
+        "seconds": dict(seconds),
+    }
+
+
+def _overall(tensors: Mapping[str, Retention]) -> Retention:
+    return sum(tensors.values(), Retention())
+
+
+def _base(plan: Plan) -> dict[str, str | None]:
+    """Id and revision; of a local directory its name alone, of a base made in memory nothing."""
+    name = getattr(plan.model.config, "_name_or_path", None) or None
+    if name is not None and os.path.isabs(name):
+        name = os.path.basename(os.path.normpath(name))
+    return {"id": name, "revision": getattr(plan.model.config, "_commit_hash", None)}
+
+
+def _adapter_hash(plan: Plan) -> str:
+    digest = hashlib.sha256()
+    for key, weight in sorted(plan.weights.items()):
+        for tensor in weight.trained:
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(host_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _libraries() -> dict[str, str | None]:
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _report(
+    plan: Plan, version: Version, kept: Mapping[str, Mapping[str, Retention]], clock: _Clock
+) -> None:
+    values = {method: _overall(tensors).value for method, tensors in kept.items()}
+    told = ", ".join(f"{m} retention {v:.3f}" for m, v in values.items() if v is not None)
+    size = sum(file["size"] for file in version.manifest["files"].values())
+    logger.info(
+        "merged %s into %s: %.2f GB in %.1f s%s",
+        ", ".join(plan.methods),
+        version.path,
+        size / 1e9,
+        clock.total,
+        f"; {told}" if told else "",
+    )
+    lost = values.get("merged_4bit")
+    if lost is not None and lost < _LITTLE:
+        logger.warning(
+            "%s: rounding to 4 bits kept %.1f %% of what the adapter adds to the weights; the "
+            "model will behave almost like its base. save_method='merged_16bit' or 'lora' keeps it",
+            version.path,
+            100 * lost,
+        )
+    if all(part.trained == 0 for tensors in kept.values() for part in tensors.values()) and kept:
+        logger.warning("%s: the adapter changes nothing; was it trained?", version.path)

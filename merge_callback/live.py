@@ -1,0 +1,214 @@
+"""Read the live model: its tensors as if no adapter were attached, and what stands against a merge.
+
+Knows PEFT's wrappers and bitsandbytes' parameters; knows nothing of outputs or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from merge_callback.adapters import Update, lora
+from merge_callback.codecs import Stored
+from merge_callback.codecs.bnb4 import Bnb4Weight
+from merge_callback.codecs.bnb8 import Bnb8Weight
+from merge_callback.codecs.plain import PlainWeight
+from merge_callback.errors import MergeRefused
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the model under its name in the unadapted model, and what was trained of it.
+
+    `linear`: it is the weight of a linear layer, which a 4-bit checkpoint may quantise. `conv1d`:
+    its checkpoint is the transpose of what bitsandbytes holds. `replaced`: it was trained whole.
+    """
+
+    key: str
+    stored: Stored
+    updates: tuple[Update, ...] = ()
+    linear: bool = False
+    conv1d: bool = False
+    replaced: bool = False
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """The trained tensors behind this weight."""
+        if self.replaced:
+            return (self.stored.decode(self.stored.device),)
+        return tuple(tensor for update in self.updates for tensor in update.tensors())
+
+
+def read_weights(base: PreTrainedModel) -> dict[str, Weight]:
+    """Every parameter and persistent buffer under its name in the unadapted model."""
+    return {weight.key: weight for weight in _walk(base, "", replaced=False)}
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below the adapter's wrapper.
+
+    Raises:
+        MergeRefused: there is none that could be exported.
+    """
+    if isinstance(model, PeftMixedModel):
+        raise MergeRefused(
+            ["a PeftMixedModel cannot be exported; load one adapter with PeftModel.from_pretrained"]
+        )
+    if not isinstance(model, PeftModel):
+        raise MergeRefused(
+            [
+                "the model has no adapter; pass peft_config to the trainer, or wrap the model "
+                "with peft.get_peft_model"
+            ]
+        )
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise MergeRefused(
+            [f"{type(base).__name__} is not a transformers model; its config could not be written"]
+        )
+    return base
+
+
+def keep_cpu_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking CPU weights in eval mode, which loses bits of them.
+
+    On a CPU with AVX512-BF16 the first forward in eval mode would do so, in place, for speed
+    (bitsandbytes#2078). This sets one flag per layer, and no weight.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, nn.Module's typing
+
+
+def active_adapters(model: PeftModel) -> tuple[str, ...]:
+    """Names of the active adapters."""
+    return tuple(model.active_adapters)
+
+
+def _walk(module: nn.Module, path: str, *, replaced: bool) -> Iterator[Weight]:
+    """Every parameter and persistent buffer below `module`, as if no adapter were attached."""
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [n for n in module.active_adapters if n in module.modules_to_save]
+        trained = bool(active) and not module.disable_adapters
+        inner = module.modules_to_save[active[0]] if trained else module.original_module
+        yield from _walk(inner, path, replaced=trained)
+    elif isinstance(module, BaseTunerLayer):
+        # A layer of an unknown kind is walked as its base, and named among the problems.
+        changes = lora.updates(module) if not list(lora.problems(module)) else ()
+        for weight in _walk(module.get_base_layer(), path, replaced=replaced):
+            changed = weight.key == _join(path, "weight")
+            yield replace(weight, updates=changes) if changed else weight
+    else:
+        yield from _own(module, path, replaced)
+        for name, child in module.named_children():
+            yield from _walk(child, _join(path, name), replaced=replaced)
+
+
+def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
+    """The parameters and persistent buffers of `module` itself."""
+    transient = module._non_persistent_buffers_set
+    buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in transient]
+    for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
+        stored = _stored(module, tensor)
+        yield Weight(
+            _join(path, name),
+            stored,
+            linear=name == "weight" and isinstance(module, nn.Linear),
+            conv1d=not isinstance(stored, PlainWeight) and _from_conv1d(module),
+            replaced=replaced,
+        )
+
+
+def _stored(module: Any, tensor: Any) -> Stored:
+    kind = type(tensor).__name__
+    if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
+        return Bnb4Weight(tensor, tensor.quant_state)
+    if kind == "Int8Params" and tensor.dtype == torch.int8:
+        scales = getattr(tensor, "SCB", None)
+        scales = module.state.SCB if scales is None else scales  # moved there by the first forward
+        return Bnb8Weight(tensor, scales)
+    return PlainWeight(tensor)
+
+
+def _from_conv1d(module: nn.Module) -> bool:
+    return getattr(module, "source_cls", nn.Linear).__name__ == "Conv1D"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def any_4bit(weights: Iterable[Weight]) -> bool:
+    """Whether the base is a bitsandbytes 4-bit one."""
+    return any(isinstance(weight.stored, Bnb4Weight) for weight in weights)
+
+
+def adapter_problems(model: PeftModel, base: nn.Module) -> Iterator[str]:
+    """Why the adapter of `model` cannot be merged, each with its cure."""
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
+    foreign = kinds - {"LORA"}
+    if foreign:
+        yield f"adapters of type {', '.join(sorted(foreign))} do not merge here; train with LoRA"
+        return
+    yield from _state_problems(layers.values())
+    yield from _layer_problems(layers)
+    for name, wrapper in wrappers.items():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            yield (
+                f"{name}: {type(wrapper).__name__} (trainable_token_indices) does not merge here; "
+                "use modules_to_save for the embedding"
+            )
+
+
+def _state_problems(layers: Iterable[BaseTunerLayer]) -> Iterator[str]:
+    layers = list(layers)
+    if any(layer.disable_adapters for layer in layers):
+        yield "the adapter is disabled; call model.enable_adapter_layers() first"
+    if any(layer.merged_adapters for layer in layers):
+        yield (
+            "the adapter is already merged into the live weights, which on a quantised base has "
+            "rounded it away; load base and adapter again, or model.unmerge_adapter() in 16 bits"
+        )
+    if not any(layer.active_adapters for layer in layers):
+        yield "no adapter is active; call model.set_adapter(name) first"
+
+
+def _layer_problems(layers: Mapping[str, BaseTunerLayer]) -> Iterator[str]:
+    """Each problem once, with the first layer that has it and how many others do."""
+    found: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        for problem in lora.problems(layer):
+            found.setdefault(problem, []).append(name)
+    for problem, names in found.items():
+        others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
+        yield f"{names[0]}{others}: {problem}"
+
+
+def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
+    for weight in weights:
+        stored = weight.stored
+        if getattr(getattr(stored, "state", None), "packing_format_for_cpu", False):
+            yield (
+                f"{weight.key}: bitsandbytes repacked this weight for AVX512 during an evaluation, "
+                "and its values are no longer exact; reload the model and set "
+                "support_avx512bf16_for_cpu = False on every Linear4bit before the first forward "
+                "in eval mode (MergeOnSaveCallback does so when it is given to the trainer)"
+            )
+        elif stored.device.type == "meta":
+            yield f"{weight.key}: offloaded to disk; load the model with all weights on a device"
+        elif type(getattr(stored, "tensor", None)).__name__ == "DTensor":
+            yield f"{weight.key}: sharded over processes; export from an unsharded model"
+        elif not stored.dtype.is_floating_point and weight.updates:
+            kind = f"{stored.dtype} of an unknown quantiser"
+            yield f"{weight.key}: {kind}; use a bitsandbytes or 16-bit base"

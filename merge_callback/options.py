@@ -1,0 +1,122 @@
+"""The options of one merge, checked as a whole. Knows nothing of models or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from merge_callback.errors import MergeRefused
+from merge_callback.rounding import ROUNDINGS
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+SAVE_METHODS = ("merged_4bit", "merged_16bit", "lora")
+_SYNONYMS = {"merged_4bit_forced": "merged_4bit", "forced_merged_4bit": "merged_4bit"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """What to write, and how; the same for `merge_adapter` and the callback.
+
+    Attributes:
+        save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
+            None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
+        rounding: how 4-bit codes are chosen: `"nearest"` (bitsandbytes' own), or `"auto"`, the best
+            that is at hand, which today is `"nearest"`.
+        dtype: dtype of the 16-bit output, a torch.dtype or its name. None: the dtype of the base.
+        quantization_config: settings of the 4-bit output when the base is not 4-bit itself. None:
+            NF4 with double quantisation.
+        max_shard_size: largest weight file, in bytes or as `"5GB"`.
+        safe_serialization: None or True, safetensors. False is refused.
+        verify: read every file back and compare it with the checksum taken while it was written.
+        progress: show a progress bar.
+
+    Raises:
+        MergeRefused: an option, or a combination of options, that cannot be honoured.
+    """
+
+    save_method: str | Sequence[str] | None = None
+    rounding: str = "auto"
+    dtype: torch.dtype | str | None = None
+    quantization_config: BitsAndBytesConfig | None = None
+    max_shard_size: int | str = "5GB"
+    safe_serialization: bool | None = None
+    verify: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            *self._method_problems(),
+            *self._dtype_problems(),
+            *self._shard_problems(),
+            *self._quantization_problems(),
+        ]
+        if self.rounding != "auto" and self.rounding not in ROUNDINGS:
+            known = ", ".join(repr(name) for name in ("auto", *ROUNDINGS))
+            problems.append(f"rounding={self.rounding!r} is not known; use one of {known}")
+        if self.safe_serialization not in (None, True):
+            problems.append(
+                "safe_serialization=False would pickle the weights, which can run code when they "
+                "are loaded; leave it out: safetensors is what every loader reads"
+            )
+        if problems:
+            raise MergeRefused(problems)
+
+    def methods(self, *, base_is_4bit: bool) -> tuple[str, ...]:
+        """The save methods that were asked for, under their own names and without repeats."""
+        asked = self.save_method
+        if asked is None:
+            return ("merged_4bit",) if base_is_4bit else ("merged_16bit",)
+        names = (asked,) if isinstance(asked, str) else asked
+        return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in names))
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """`dtype` as a torch.dtype."""
+        if isinstance(self.dtype, str):
+            found = getattr(torch, self.dtype.removeprefix("torch."))
+            assert isinstance(found, torch.dtype)
+            return found
+        return self.dtype
+
+    @property
+    def rounding_method(self) -> str:
+        """The rounding that is really used."""
+        return "nearest" if self.rounding == "auto" else self.rounding
+
+    def _method_problems(self) -> list[str]:
+        if self.save_method is None:
+            return []
+        known = ", ".join(repr(name) for name in SAVE_METHODS)
+        methods = self.methods(base_is_4bit=True)
+        if not methods:
+            return [f"save_method is empty; use one or several of {known}"]
+        unknown = [name for name in methods if name not in SAVE_METHODS]
+        return [f"save_method {name!r} is not known; use one of {known}" for name in unknown]
+
+    def _dtype_problems(self) -> list[str]:
+        names = ("bfloat16", "float16", "float32")
+        name = str(self.dtype).removeprefix("torch.")
+        if self.dtype is None or name in names:
+            return []
+        return [f"dtype={self.dtype!r} cannot hold merged weights; use one of {', '.join(names)}"]
+
+    def _shard_problems(self) -> list[str]:
+        try:
+            split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
+        except ValueError:
+            return [f"max_shard_size={self.max_shard_size!r} is no size; use bytes or e.g. '5GB'"]
+        if isinstance(self.max_shard_size, int) and self.max_shard_size <= 0:
+            return [f"max_shard_size={self.max_shard_size} must be positive"]
+        return []
+
+    def _quantization_problems(self) -> list[str]:
+        config = self.quantization_config
+        if config is None or getattr(config, "load_in_4bit", False):
+            return []
+        return ["quantization_config must be a BitsAndBytesConfig(load_in_4bit=True, ...)"]

@@ -1,0 +1,271 @@
+"""List every tensor that is going to be written, and find all that cannot work.
+
+The last module that sees a model: what it gives to the others are tensors, names and specs. Reads
+no tensor data but of 32-bit weights that may be 16-bit ones, up-cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import unwrap_model
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from merge_callback.codecs import Container, Stored, TensorSpec
+from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
+from merge_callback.codecs.bnb8 import Bnb8Weight
+from merge_callback.codecs.plain import Plain, PlainWeight
+from merge_callback.conversions import CheckpointNames
+from merge_callback.errors import MergeRefused
+from merge_callback.live import (
+    Weight,
+    active_adapters,
+    adapter_problems,
+    any_4bit,
+    base_model,
+    read_weights,
+    weight_problems,
+)
+from merge_callback.options import MergeOptions
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are converted together, and what each method writes of them, in file order."""
+
+    weights: tuple[Weight, ...]
+    specs: Mapping[str, Mapping[str, TensorSpec]]  # method -> name in the checkpoint -> spec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a merge is going to do; no tensor has been computed yet.
+
+    Attributes:
+        model: the live model, without its adapter's wrapper.
+        peft_model: the live model as it was given.
+        adapters: names of the active adapters.
+        methods: save methods, under their own names.
+        groups: what to write, in the order of the files.
+        containers: method -> weight -> how to write it.
+        names: from names in memory to names in a checkpoint.
+        dtype: dtype of the 16-bit output.
+        tied: weights that are not written, since they equal another one.
+        untied: the adapter pulled tied embeddings apart, so both ends are written.
+        weights: all weights that are written, by name.
+    """
+
+    model: PreTrainedModel
+    peft_model: PeftModel
+    adapters: tuple[str, ...]
+    methods: tuple[str, ...]
+    groups: tuple[Group, ...]
+    containers: Mapping[str, Mapping[str, Container]]
+    names: CheckpointNames
+    dtype: torch.dtype
+    tied: tuple[str, ...]
+    untied: bool
+    weights: Mapping[str, Weight] = field(repr=False)
+
+    @property
+    def base_is_4bit(self) -> bool:
+        return any_4bit(self.weights.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files, the adapter's included."""
+        specs = [spec for g in self.groups for named in g.specs.values() for spec in named.values()]
+        adapter = sum(t.nbytes for w in self.weights.values() for t in w.trained)
+        return sum(spec.nbytes for spec in specs) + ("lora" in self.methods) * adapter
+
+    def unquantised_linears(self, method: str) -> list[str]:
+        """Names of the linear layers that `method` leaves in 16 bits."""
+        containers = self.containers[method]
+        kept = [
+            weight.key
+            for weight in self.weights.values()
+            if weight.linear and isinstance(containers[weight.key], Plain)
+        ]
+        return sorted(key.removesuffix(".weight") for key in (*kept, *self.tied))
+
+
+def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
+    """Plan the export of `model`, whose adapter is attached and active.
+
+    Raises:
+        MergeRefused: all that stands against it, each with its cure.
+    """
+    peft_model = unwrap_model(model)
+    base = base_model(peft_model)
+    weights = read_weights(base)
+    problems = [*adapter_problems(peft_model, base), *weight_problems(weights.values())]
+    methods = options.methods(base_is_4bit=any_4bit(weights.values()))
+    problems += _method_problems(methods, options, weights.values())
+    if problems:
+        raise MergeRefused(problems)
+
+    dtype = options.output_dtype or _base_dtype(base, weights.values())
+    weights, tied, untied = _without_ties(base, weights)
+    for key in base._keys_to_ignore_on_save or ():
+        weights.pop(key, None)
+    containers = {
+        method: _containers(method, base, weights, dtype, options)
+        for method in methods
+        if method != "lora"
+    }
+    names = CheckpointNames(base)
+    return Plan(
+        model=base,
+        peft_model=peft_model,
+        adapters=active_adapters(peft_model),
+        methods=methods,
+        groups=tuple(_groups(names, weights, containers)),
+        containers=containers,
+        names=names,
+        dtype=dtype,
+        tied=tied,
+        untied=untied,
+        weights=weights,
+    )
+
+
+def _method_problems(
+    methods: tuple[str, ...], options: MergeOptions, weights: Iterable[Weight]
+) -> Iterator[str]:
+    weights = list(weights)
+    if options.quantization_config is not None:
+        if any_4bit(weights):
+            yield "quantization_config: the base is 4-bit already, and its own settings are kept"
+        if "merged_4bit" not in methods:
+            yield "quantization_config is only used by save_method='merged_4bit'"
+    if "merged_4bit" in methods:
+        for weight in weights:
+            if weight.replaced and isinstance(weight.stored, Bnb4Weight | Bnb8Weight):
+                yield f"{weight.key}: modules_to_save on a quantised layer does not merge here"
+
+
+def _base_dtype(model: PreTrainedModel, weights: Iterable[Weight]) -> torch.dtype:
+    """The dtype that the base was loaded in, whatever its norms were cast to since."""
+    dtype = getattr(model.config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next(w.stored.dtype for w in weights if w.stored.dtype.is_floating_point)
+
+
+def _without_ties(
+    model: PreTrainedModel, weights: Mapping[str, Weight]
+) -> tuple[dict[str, Weight], tuple[str, ...], bool]:
+    """Drop each tied weight that still equals its source; say which, and whether one does not."""
+    kept, tied, untied = dict(weights), [], False
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target not in kept or source not in kept:
+            continue
+        if _same(kept[target], kept[source]):
+            del kept[target]
+            tied.append(target)
+        else:
+            untied = True
+    return kept, tuple(tied), untied
+
+
+def _same(one: Weight, other: Weight) -> bool:
+    if one.updates or other.updates:
+        return False
+    tensors = [w.stored.decode(w.stored.device) for w in (one, other)]
+    return tensors[0].data_ptr() == tensors[1].data_ptr()
+
+
+def _containers(
+    method: str,
+    model: PreTrainedModel,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype,
+    options: MergeOptions,
+) -> dict[str, Container]:
+    if method == "merged_16bit":
+        force = options.dtype is not None
+        return {key: _plain(weight, dtype, force=force) for key, weight in weights.items()}
+    containers: dict[str, Container] = {k: _plain(w, dtype) for k, w in weights.items()}
+    for key, weight in weights.items():
+        if isinstance(weight.stored, Bnb4Weight):
+            containers[key] = Bnb4.like(weight.stored, options.rounding_method)
+    if not any_4bit(weights.values()):
+        new = _new_format(dtype, options)
+        containers |= dict.fromkeys(_quantisable(model, weights, options), new)
+    return containers
+
+
+def _plain(weight: Weight, dtype: torch.dtype, *, force: bool = False) -> Plain:
+    """A weight's own dtype; the output's for what was quantised, trained or up-cast from it."""
+    stored = weight.stored
+    if not isinstance(stored, PlainWeight):
+        return Plain(dtype, transposed=weight.conv1d)
+    if not stored.dtype.is_floating_point:
+        return Plain(stored.dtype)
+    if force or weight.updates or weight.replaced or stored.fits(dtype):
+        return Plain(dtype)
+    return Plain(stored.dtype)
+
+
+def _new_format(dtype: torch.dtype, options: MergeOptions) -> Bnb4:
+    config: Any = options.quantization_config
+    return Bnb4(
+        quant_type=getattr(config, "bnb_4bit_quant_type", "nf4"),
+        blocksize=64,
+        nested=getattr(config, "bnb_4bit_use_double_quant", True),
+        dtype=dtype,
+        rounding=options.rounding_method,
+    )
+
+
+def _quantisable(
+    model: PreTrainedModel, weights: Mapping[str, Weight], options: MergeOptions
+) -> list[str]:
+    """Weights that become 4-bit: the 8-bit ones, else those that transformers would quantise."""
+    if eight_bit := [key for key, w in weights.items() if isinstance(w.stored, Bnb8Weight)]:
+        return eight_bit
+    patterns = getattr(options.quantization_config, "llm_int8_skip_modules", None)
+    if patterns is None:  # as transformers.quantizers.base.get_keys_to_not_convert
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        patterns = [key.removesuffix(".weight") for pair in tied.items() for key in pair]
+        patterns += [name for name, module in model.named_modules() if module is output]
+        patterns += [list(weights)[-1].removesuffix(".weight")]
+    patterns = [*patterns, *(model._keep_in_fp32_modules or ())]
+    linears = [key for key, weight in weights.items() if weight.linear]
+    return [k for k in linears if should_convert_module(k.removesuffix(".weight"), patterns)]
+
+
+def _groups(
+    names: CheckpointNames,
+    weights: Mapping[str, Weight],
+    containers: Mapping[str, Mapping[str, Container]],
+) -> Iterator[Group]:
+    """Widest first, so that in each file every tensor starts at a multiple of its item size."""
+    if not containers:
+        return
+    ordered = sorted(weights, key=lambda key: -_alignment(weights[key].stored))
+    for keys in names.groups(ordered):
+        specs = {}
+        for method, by_key in containers.items():
+            flat: dict[str, Tensor] = {}
+            for key in keys:
+                for name, spec in by_key[key].specs(key, weights[key].stored.shape).items():
+                    flat[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            reverted = names.revert(flat).items()
+            ends = sorted(reverted, key=lambda item: -item[1].dtype.itemsize)
+            specs[method] = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in ends}
+        yield Group(tuple(weights[key] for key in keys), specs)
+
+
+def _alignment(stored: Stored) -> int:
+    """Bytes that a weight's tensors are aligned to: a quantised one fills up to 8."""
+    return stored.dtype.itemsize if isinstance(stored, PlainWeight) else 4

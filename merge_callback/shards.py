@@ -1,0 +1,209 @@
+"""Write safetensors files tensor by tensor, hashing on the way. Knows nothing of models.
+
+safetensors' own writer wants every tensor of a file alive at once. The format is simple enough to
+be streamed: a little-endian u64 with the header's length, the JSON header, then the data without
+gaps. Names, shapes and dtypes are known before the first value is computed, so the header goes out
+first and each file is written once, front to back. Source: safetensors' README, section "Format".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from merge_callback.codecs import TensorSpec
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_BYTES_AT_ONCE = 1 << 24
+
+
+class FileRecord(NamedTuple):
+    """What a file is known by."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class CheckpointWriter:
+    """The weight files of one model, `model.safetensors` or its shards with their index.
+
+    Args:
+        directory: exists; nothing in it is overwritten.
+        groups: what to write, in order; the tensors of a group stay in one file.
+        max_shard_size: bytes, or as "5GB"; a larger group gets a file of its own.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        groups: Sequence[Mapping[str, TensorSpec]],
+        max_shard_size: int | str,
+    ):
+        self._directory = directory
+        self._specs = {name: spec for group in groups for name, spec in group.items()}
+        self._files = _split(groups, max_shard_size)
+        self._file_of = {name: file for file, names in self._files.items() for name in names}
+        self._open: dict[str, _File] = {}
+        self.records: dict[str, FileRecord] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor of its file.
+
+        Raises:
+            ValueError: it is not the tensor that was planned at this place.
+        """
+        file = self._file_of[name]
+        if file not in self._open:
+            specs = {n: self._specs[n] for n in self._files[file]}
+            self._open[file] = _File(self._directory / file, specs)
+        self._open[file].write(name, tensor)
+        if self._open[file].complete:
+            self.records[file] = self._open.pop(file).close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._open.values():
+            file.abandon()
+        if kind is not None:
+            return
+        if missing := self._files.keys() - self.records.keys():
+            raise ValueError(f"weight files not finished: {', '.join(sorted(missing))}")
+        if len(self._files) > 1:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        total = sum(spec.nbytes for spec in self._specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self._directory / "model.safetensors.index.json").write_text(text)
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read once."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileRecord(path.stat().st_size, digest.hexdigest())
+
+
+def host_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor in host memory, row-major, as bytes."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _split(
+    groups: Sequence[Mapping[str, TensorSpec]], max_shard_size: int | str
+) -> dict[str, list[str]]:
+    """File name -> names of its tensors in order."""
+    sizes = [sum(spec.nbytes for spec in group.values()) for group in groups]
+    stand_ins = {
+        str(index): torch.empty(size, dtype=torch.uint8, device="meta")
+        for index, size in enumerate(sizes)
+    }
+    split = split_torch_state_dict_into_shards(
+        stand_ins, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    return {
+        file: [name for index in sorted(indices, key=int) for name in groups[int(index)]]
+        for file, indices in split.filename_to_tensors.items()
+    }
+
+
+class _File:
+    """One safetensors file that is being written."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
+        self._waiting = list(specs.items())[::-1]
+        self._hash = hashlib.sha256()
+        self._size = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(path, flags, 0o666)  # the umask takes its share
+        self._append(_header(specs))
+
+    @property
+    def complete(self) -> bool:
+        return not self._waiting
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        expected, spec = self._waiting.pop()
+        if (name, spec) != (expected, TensorSpec(tuple(tensor.shape), tensor.dtype)):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} "
+                f"{spec.shape} {spec.dtype} was planned"
+            )
+        self._append(host_bytes(tensor))
+
+    def close(self) -> FileRecord:
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        return FileRecord(self._size, self._hash.hexdigest())
+
+    def abandon(self) -> None:
+        os.close(self._descriptor)
+
+    def _append(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), _BYTES_AT_ONCE):
+            part = memoryview(data)[start : start + _BYTES_AT_ONCE]
+            self._hash.update(part)
+            self._size += len(part)
+            while part:  # a write may be short
+                part = part[os.write(self._descriptor, part) :]
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        dtype = _DTYPE_NAMES[spec.dtype]
+        entries[name] = {"dtype": dtype, "shape": spec.shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def sync_directories(top: Path, files: Iterable[Path]) -> None:
+    """Make files, and the directories from theirs up to `top`, durable."""
+    paths = list(files)
+    directories = {
+        parent for path in paths for parent in path.parents if parent.is_relative_to(top)
+    }
+    for path in [*paths, *sorted(directories, reverse=True)]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make what lies at `path`, file or directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,316 @@
+"""Versions of a model in one directory: draft, publish, list, check, prune. Knows no models.
+
+    <root>/step-00000500/                  a version: it has a manifest
+    <root>/step-00000500-v2/               the next one of that name
+    <root>/.step-00000500.<host>.<id>.draft/   a draft: its owner holds a lock on it
+
+A draft is a sibling of what it becomes, so that publishing is one rename: first the target is
+claimed by an exclusive mkdir, then the draft is renamed onto that empty directory. Nothing that
+exists is ever written to; whatever stands at the target moves the number on. A process that dies
+between the two leaves an empty directory, which is no version. POSIX only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from merge_callback.errors import CorruptVersion, MergeRefused
+from merge_callback.shards import FileRecord, hash_file, sync, sync_directories
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "merge_manifest.json"
+SCHEMA = 1
+_DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<id>[0-9a-f]{32})\.draft")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published version."""
+
+    name: str
+    path: Path
+    manifest: Mapping[str, Any]
+
+
+class Draft:
+    """A version that is being written; `path` is its directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, FileRecord] = {}  # relative path -> what was written
+
+    def files(self) -> list[Path]:
+        """All files of the draft."""
+        return sorted(path for path in self.path.rglob("*") if path.is_file())
+
+    def seal(self) -> None:
+        """Give every file the mode that the umask asks for, hash it and make it durable."""
+        mode = self.path.stat().st_mode & 0o666  # mkdir has applied the umask
+        for path in self.files():
+            path.chmod(mode)
+            name = path.relative_to(self.path).as_posix()
+            if name not in self.records:
+                self.records[name] = hash_file(path)
+        sync_directories(self.path, self.files())
+
+    def verify(self) -> None:
+        """Read every file back and compare it with what was written.
+
+        Raises:
+            CorruptVersion: naming the file.
+        """
+        _check(self.path, self.records)
+
+
+class MergeStore:
+    """The versions below `root`.
+
+    Args:
+        root: made when the first draft is.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = Path(root)
+
+    def versions(self) -> list[Version]:
+        """All published versions, the oldest first."""
+        if not self.root.is_dir():
+            return []
+        found = [version for path in self.root.iterdir() if (version := _read(path)) is not None]
+        return sorted(found, key=lambda v: (v.manifest["created"], _number(v.name)))
+
+    def latest(self) -> Version | None:
+        """The newest merged version; adapters that were rescued from a failed merge are skipped."""
+        merged = [v for v in self.versions() if v.manifest["kind"] == "merged"]
+        return merged[-1] if merged else None
+
+    def verify(self, version: Version | str) -> None:
+        """Compare every file of a version with its sha256 in the manifest.
+
+        Raises:
+            CorruptVersion: a file is missing or differs; or there is no such version.
+        """
+        path = version.path if isinstance(version, Version) else self.root / version
+        found = _read(path)
+        if found is None:
+            raise CorruptVersion(
+                f"{path} has no readable {MANIFEST}: it is not a published version"
+            )
+        files = found.manifest["files"]
+        _check(path, {name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()})
+
+    def check(self, nbytes: int) -> None:
+        """Make sure that `nbytes` can be written below the root, by writing a little.
+
+        Raises:
+            MergeRefused: not a directory, not writable, or too full.
+        """
+        try:
+            with self.draft("check") as draft:
+                (draft.path / "probe").write_bytes(b"0")
+                free = shutil.disk_usage(draft.path).free
+        except OSError as error:
+            raise MergeRefused([_unusable(self.root, error)]) from error
+        if free < nbytes:
+            raise MergeRefused(
+                [
+                    f"{self.root} has {free / 1e9:.2f} GB free and {nbytes / 1e9:.2f} GB are "
+                    "needed; free some, set keep_last=, or choose another output_dir"
+                ]
+            )
+
+    @contextmanager
+    def draft(self, name: str) -> Iterator[Draft]:
+        """A new directory that becomes version `name` by `publish`, and is removed otherwise."""
+        if not re.fullmatch(r"[\w][\w.=+-]{0,150}", name):
+            raise MergeRefused(
+                [f"name={name!r} cannot name a version; use letters, digits, '-', '_' and '.'"]
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        path, lock = self._claim_draft(name)
+        try:
+            yield Draft(path)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)  # gone already when it was published
+            os.close(lock)
+
+    def publish(self, draft: Draft, name: str, manifest: Mapping[str, Any]) -> Version:
+        """Make a sealed draft version `name`, or `name-v2`, ...; durable when this returns."""
+        files = {file: record._asdict() for file, record in sorted(draft.records.items())}
+        manifest = {"schema": SCHEMA, **manifest, "files": files}
+        text = json.dumps(manifest, indent=2) + "\n"
+        (draft.path / MANIFEST).write_text(text)
+        sync_directories(draft.path, [draft.path / MANIFEST])
+        target = self._rename(draft.path, name)
+        sync(self.root)
+        return Version(target.name, target, json.loads(text))
+
+    def prune(self, keep_last: int, *, family: str, keep_steps: frozenset[int]) -> list[str]:
+        """Remove all but the newest versions whose name fully matches the pattern `family`.
+
+        Args:
+            keep_last: how many to leave, at least 1.
+            family: regular expression; versions of other names are not touched.
+            keep_steps: steps, or best steps, whose versions stay.
+
+        Returns:
+            The names of those removed.
+        """
+        ours = [v for v in self.versions() if re.fullmatch(family, v.name) and _merged(v)]
+        removed = []
+        for version in ours[:-keep_last]:
+            steps = {version.manifest["step"], version.manifest["best_step"]}
+            if steps & keep_steps or push_marker(version.path).exists():
+                continue
+            self._remove(version)
+            removed.append(version.name)
+        return removed
+
+    def _claim_draft(self, name: str) -> tuple[Path, int]:
+        """A draft of our own, and the open lock that says so."""
+        while True:
+            path = self._draft_path(name)
+            path.mkdir()
+            lock = _lock(path)
+            if lock is not None:
+                if _is_at(lock, path):
+                    return path, lock
+                os.close(lock)  # another process took it for stale before the lock was ours
+
+    def _draft_path(self, name: str) -> Path:
+        return self.root / f".{name}.{_host()}.{uuid.uuid4().hex}.draft"
+
+    def _sweep(self) -> None:
+        """Remove drafts whose process died: on this host, the kernel has let go of their locks."""
+        for path in self.root.iterdir():
+            match = _DRAFT.fullmatch(path.name)
+            if match is None or match["host"] != _host():
+                continue
+            lock = _lock(path, where_unsupported=False)
+            if lock is not None:
+                logger.warning("removing %s, left by a process that died", path)
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+    def _rename(self, draft: Path, name: str) -> Path:
+        for number in count(1):
+            target = self.root / (name if number == 1 else f"{name}-v{number}")
+            try:
+                target.mkdir()
+            except FileExistsError:
+                continue
+            try:
+                draft.rename(target)
+            except OSError:
+                if target.is_dir() and any(target.iterdir()):  # somebody moved in: let them have it
+                    continue
+                target.rmdir()
+                raise
+            return target
+        raise AssertionError("unreachable")
+
+    def _remove(self, version: Version) -> None:
+        """One rename takes the version away whole; the rest is a stale draft's business."""
+        gone = self._draft_path(version.name)
+        lock = _lock(version.path)
+        version.path.rename(gone)
+        shutil.rmtree(gone)
+        if lock is not None:
+            os.close(lock)
+
+
+def push_marker(version: Path) -> Path:
+    """The sidecar of a version that still has to be pushed; it is none of the version's files."""
+    return version.parent / f".{version.name}.push"
+
+
+def _read(path: Path) -> Version | None:
+    """The version at `path`; None when there is none, whatever else lies there."""
+    if path.name.startswith(".") or path.is_symlink():
+        return None
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["schema"] > SCHEMA:
+            logger.warning("%s was written by a newer merge_callback and is left alone", path)
+            return None
+        complete = {"kind", "created", "step", "best_step", "files"} <= manifest.keys()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Version(path.name, path, manifest) if complete else None
+
+
+def _check(directory: Path, records: Mapping[str, FileRecord]) -> None:
+    for name, record in records.items():
+        try:
+            found = hash_file(directory / name)
+        except OSError as error:
+            raise CorruptVersion(f"{directory / name} cannot be read: {error}") from error
+        if found != record:
+            raise CorruptVersion(
+                f"{directory / name} is not what was written ({found.size} bytes, sha256 "
+                f"{found.sha256[:12]}…; expected {record.size} bytes, {record.sha256[:12]}…); "
+                "do not use it, and check the disk"
+            )
+
+
+def _merged(version: Version) -> bool:
+    return bool(version.manifest["kind"] == "merged")
+
+
+def _number(name: str) -> int:
+    match = re.search(r"-v(\d+)$", name)
+    return int(match[1]) if match else 1
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname())
+
+
+def _lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
+    """An open descriptor with an exclusive lock on a directory; it ends with the process.
+
+    None when it is taken, or gone. On a file system without locks: an unlocked descriptor, or None
+    unless `where_unsupported`, so that drafts are made there but never taken for stale.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if where_unsupported and not isinstance(error, BlockingIOError):
+            return descriptor
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _unusable(root: Path, error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{root} is, or lies below, a file; choose another output_dir"
+    if isinstance(error, PermissionError):
+        return f"{root} is not writable; choose another output_dir or change its permissions"
+    return f"{root} cannot be used ({error}); choose another output_dir"

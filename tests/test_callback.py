@@ -1,0 +1,399 @@
+"""The callback in real trainers: when it merges, what it leaves alone, what it does on failure."""
+
+import logging
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeStore
+
+TEXTS = [" ".join(f"w{(i * 7 + j) % 50}" for j in range(12)) for i in range(16)]
+COMMON = {
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "logging_steps": 1,
+    "seed": 4,
+}
+
+
+def data():
+    rows = [[3 + (i * 7 + j) % 50 for j in range(12)] for i in range(16)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def trainer(tmp_path, *callbacks, model=None, **settings):
+    settings = COMMON | {"max_steps": 4, "save_strategy": "no"} | settings
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), **settings)
+    model = model or qlora(tmp_path, lora_dropout=0.1)
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=data(),
+        eval_dataset=data().select(range(4)),
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+def listing(tmp_path, root="run/_merged"):
+    root = tmp_path / root
+    return sorted(p.name for p in root.iterdir()) if root.exists() else []
+
+
+def sft(tmp_path, *callbacks, kind="nf4-nested", **settings):
+    settings = COMMON | {"max_steps": 6, "max_length": 16} | settings
+    args = SFTConfig(output_dir=str(tmp_path / "run"), **settings)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=load_base(save_base(tmp_path / "base"), kind),
+        args=args,
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        peft_config=lora,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_losses_of_a_run_are_those_without_the_callback(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    plain = sft(tmp_path / "a", **settings)
+    plain.train()
+    callback = MergeOnSaveCallback(merge_on_save=True)
+    merging = sft(tmp_path / "b", callback, **settings)
+    merging.train()
+    assert len(losses(plain)) == 6 and len(set(losses(plain))) > 1
+    assert losses(plain) == losses(merging)
+    for (name, one), other in zip(
+        plain.model.named_parameters(), merging.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert listing(tmp_path / "b") == ["step-00000002", "step-00000004", "step-00000006"]
+    assert [r.version for r in callback.results] == listing(tmp_path / "b")
+
+
+def test_an_sft_run_ends_with_a_model_that_anybody_can_load(tmp_path):
+    callback = MergeOnSaveCallback(save_method=["merged_4bit", "merged_16bit", "lora"])
+    run = sft(tmp_path, callback)
+    run.train()
+    (result,) = callback.results
+    assert result.version == "step-00000006"
+    assert result.manifest["step"] == 6 and result.manifest["best_step"] is None
+    for method in ("merged_4bit", "merged_16bit"):
+        path = result.paths[method]
+        _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        assert not any(info.values())
+        assert (path / "chat_template.jinja").exists() and (path / "tokenizer.json").exists()
+        config = AutoModelForCausalLM.from_pretrained(path).config
+        assert config.use_cache is True  # the trainer has turned it off in the live config
+    assert run.model.config.use_cache is False
+    MergeStore(tmp_path / "run" / "_merged").verify(result.version)
+
+
+def test_the_live_model_is_the_same_after_train_end(tmp_path):
+    seen = {}
+
+    class Before(MergeOnSaveCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            seen["before"] = snapshot(model)
+            super().on_train_end(args, state, control, model=model, **kwargs)
+            seen["after"] = snapshot(model)
+
+    trainer(tmp_path, Before()).train()
+    assert same(seen["before"], seen["after"])
+    assert listing(tmp_path) == ["step-00000004"]
+
+
+def test_the_last_step_is_exported_once(tmp_path):
+    callback = MergeOnSaveCallback(merge_on_save=True)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    assert listing(tmp_path) == ["step-00000002", "step-00000004"]
+
+
+def test_without_merge_on_save_only_the_end_is_exported(tmp_path):
+    trainer(tmp_path, MergeOnSaveCallback(), save_strategy="steps", save_steps=2).train()
+    assert listing(tmp_path) == ["step-00000004"]
+
+
+def test_training_twice_exports_twice(tmp_path):
+    run = trainer(tmp_path, MergeOnSaveCallback())
+    run.train()
+    run.train()
+    assert listing(tmp_path) == ["step-00000004", "step-00000004-v2"]
+
+
+def test_the_best_model_is_exported_under_its_own_step(tmp_path):
+    class Worse(MergeOnSaveCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)  # step 2 is the best
+
+    callback = Worse(merge_on_save=True, keep_last=1)
+    run = trainer(
+        tmp_path,
+        callback,
+        max_steps=6,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    # By train end the versions of steps 4 and 6 are pruned; that of the best step stays.
+    assert listing(tmp_path) == ["step-00000002", "step-00000006-v2"]
+    last = callback.results[-1].manifest
+    assert (last["step"], last["best_step"]) == (6, 2)
+    store = MergeStore(tmp_path / "run" / "_merged")
+    first, final = store.versions()
+    name = "model.safetensors"
+    assert first.manifest["adapter_sha256"] == final.manifest["adapter_sha256"]
+    assert (first.path / name).read_bytes() == (final.path / name).read_bytes()
+
+
+def test_other_processes_and_search_trials_write_nothing(tmp_path):
+    for flag, value in [("is_world_process_zero", False), ("is_hyper_param_search", True)]:
+
+        class Elsewhere(MergeOnSaveCallback):
+            def on_train_end(self, args, state, control, flag=flag, value=value, **kwargs):
+                setattr(state, flag, value)
+                super().on_train_end(args, state, control, **kwargs)
+
+        callback = Elsewhere()
+        trainer(tmp_path, callback).train()
+        assert callback.results == []
+    assert listing(tmp_path) == []
+
+
+def test_an_output_dir_of_its_own_is_used(tmp_path):
+    callback = MergeOnSaveCallback(tmp_path / "elsewhere")
+    trainer(tmp_path, callback).train()
+    assert listing(tmp_path, "elsewhere") == ["step-00000004"]
+    assert listing(tmp_path) == []
+
+
+def test_a_callback_added_later_still_exports(tmp_path):
+    run = trainer(tmp_path)
+    run.add_callback(MergeOnSaveCallback())
+    run.train()
+    assert listing(tmp_path) == ["step-00000004"]
+
+
+def test_an_evaluation_before_training_repacks_nothing(tmp_path):
+    callback = MergeOnSaveCallback()
+    model = qlora(tmp_path)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    run = trainer(tmp_path, callback, model=model)
+    run.evaluate()
+    run.train()
+    assert len(callback.results) == 1
+
+
+def refused(run):
+    with pytest.raises(MergeRefused) as caught:
+        run.train()
+    assert run.state.global_step == 0
+    return str(caught.value)
+
+
+def test_everything_is_checked_before_the_first_step(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    model = qlora(tmp_path)
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.3
+    told = refused(trainer(tmp_path, MergeOnSaveCallback(tmp_path / "file"), model=model))
+    assert "generation_config" in told and "choose another output_dir" in told
+
+
+def test_a_model_without_adapter_is_refused_before_the_first_step(tmp_path):
+    model = load_base(save_base(tmp_path / "base"), "bfloat16")
+    assert "get_peft_model" in refused(trainer(tmp_path, MergeOnSaveCallback(), model=model))
+
+
+def test_a_disk_too_small_for_all_saves_is_refused(tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    told = refused(trainer(tmp_path, MergeOnSaveCallback(merge_on_save=True), **settings))
+    assert "0.00 GB free" in told and "keep_last=" in told
+    callback = MergeOnSaveCallback(merge_on_save=True, keep_last=1)
+    trainer(tmp_path, callback, **settings).train()
+    assert listing(tmp_path) == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "saves"),
+    [
+        ({"save_strategy": "no"}, 1),
+        ({"save_strategy": "steps", "save_steps": 2}, 3),
+        ({"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, 3),
+    ],
+)
+def test_the_saves_to_come_are_counted_and_told(tmp_path, caplog, settings, saves):
+    caplog.set_level(logging.INFO)
+    trainer(tmp_path, MergeOnSaveCallback(merge_on_save=True), **settings).train()
+    assert f"merges to come: {saves} of" in caplog.text
+    assert len(listing(tmp_path)) <= saves
+
+
+def break_adapter(model):
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.lora_B["default"].weight.data[0, 0] = torch.nan
+
+
+class Breaks(MergeOnSaveCallback):
+    """Lets the adapter diverge just before a merge."""
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        break_adapter(model)
+        super().on_save(args, state, control, model=model, **kwargs)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        break_adapter(model)
+        super().on_train_end(args, state, control, model=model, **kwargs)
+
+
+def test_a_failed_merge_at_the_end_saves_the_adapter_first(tmp_path):
+    run = trainer(tmp_path, Breaks())
+    with pytest.raises(MergeError, match=r"up_proj\.weight.*the adapter is safe in"):
+        run.train()
+    assert listing(tmp_path) == ["step-00000004-adapter"]
+    store = MergeStore(tmp_path / "run" / "_merged")
+    assert store.latest() is None
+    store.verify("step-00000004-adapter")
+    path = tmp_path / "run/_merged/step-00000004-adapter/adapter_model.safetensors"
+    saved = load_file(path)
+    for name, tensor in run.model.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(
+                saved[name.replace(".default", "")].nan_to_num(), tensor.nan_to_num()
+            )
+
+
+def test_warn_logs_the_failure_keeps_it_and_trains_on(tmp_path, caplog):
+    callback = Breaks(merge_on_save=True, on_error="warn")
+    run = trainer(tmp_path, callback, save_strategy="steps", save_steps=2)
+    run.train()
+    assert run.state.global_step == 4
+    assert [failure.step for failure in callback.failures] == [2, 4, 4]
+    assert "not finite" in caplog.text and "Traceback" in caplog.text
+    assert listing(tmp_path) == ["step-00000004-adapter"]  # only at the end, and once
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_failed_merge_on_save_raises_and_leaves_the_checkpoint(tmp_path):
+    run = trainer(tmp_path, Breaks(merge_on_save=True), save_strategy="steps", save_steps=2)
+    with pytest.raises(MergeError, match="the merge at step 2 failed"):
+        run.train()
+    assert listing(tmp_path) == []
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def test_a_rescue_that_fails_too_says_so(tmp_path, monkeypatch):
+    import merge_callback.export as module
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_adapter", full)
+    with pytest.raises(MergeError, match=r"not finite.*saving the adapter failed too"):
+        trainer(tmp_path, Breaks()).train()
+    assert listing(tmp_path) == []
+
+
+def test_memory_that_runs_out_does_not_restart_training(tmp_path, monkeypatch):
+    from merge_callback.adapters.lora import LowRank
+
+    def exhausted(self, merged, base):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LowRank, "add_to", exhausted)
+    run = trainer(tmp_path, MergeOnSaveCallback(), auto_find_batch_size=True)
+    with pytest.raises(MergeError, match=r"out of memory.*the adapter is safe in"):
+        run.train()
+    assert run.state.global_step == 4
+    assert len(losses(run)) == 4
+
+
+def test_an_interrupt_during_a_merge_leaves_no_draft(tmp_path, monkeypatch):
+    from merge_callback.adapters.lora import LowRank
+
+    def interrupted(self, merged, base):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LowRank, "add_to", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, MergeOnSaveCallback()).train()
+    assert listing(tmp_path) == []
+
+
+def test_rotation_and_versions_leave_each_other_alone(tmp_path):
+    callback = MergeOnSaveCallback(merge_on_save=True)
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer(tmp_path, callback, **settings).train()
+    assert listing(tmp_path) == [f"step-{step:08d}" for step in range(1, 5)]
+    assert listing(tmp_path, "run") == ["_merged", "checkpoint-4"]
+
+
+def test_a_run_that_resumes_goes_on_with_its_numbers(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, **settings).train()  # without the callback
+    callback = MergeOnSaveCallback(merge_on_save=True)
+    run = trainer(tmp_path, callback, max_steps=6, **settings)
+    run.train(resume_from_checkpoint=True)
+    assert listing(tmp_path) == ["step-00000006"]
+
+
+def test_progress_follows_the_trainer(tmp_path, capsys):
+    trainer(tmp_path, MergeOnSaveCallback(), disable_tqdm=True).train()
+    assert "merge:" not in capsys.readouterr().err
+    trainer(tmp_path, MergeOnSaveCallback(), disable_tqdm=False).train()
+    shown = capsys.readouterr().err
+    assert "merge: 100%" in shown and "model.norm.weight" in shown
+
+
+def test_one_closing_line_tells_what_was_made(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="merge_callback")
+    trainer(tmp_path, MergeOnSaveCallback()).train()
+    (line,) = [
+        r.getMessage() for r in caplog.records if "merged merged_4bit into" in r.getMessage()
+    ]
+    for part in ("step-00000004", "GB in", " s;", "retention"):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"on_error": "ignore"}, "on_error"),
+        ({"keep_last": 0}, "keep_last"),
+        ({"dtype": "x"}, "dtype"),
+    ],
+)
+def test_options_are_checked_when_the_callback_is_made(settings, told):
+    with pytest.raises(MergeRefused, match=told):
+        MergeOnSaveCallback(**settings)
+
+
+def test_a_16bit_base_gives_a_16bit_export(tmp_path):
+    model = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"))
+    callback = MergeOnSaveCallback()
+    trainer(tmp_path, callback, model=model).train()
+    assert list(callback.results[0].paths) == ["merged_16bit"]

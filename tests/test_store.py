@@ -1,0 +1,279 @@
+"""Versions: nothing that exists is written to, a version is whole or not there."""
+
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+
+from merge_callback import CorruptVersion, MergeError, MergeRefused, MergeStore
+from merge_callback.store import MANIFEST, push_marker
+
+
+def manifest(step=1, kind="merged", best_step=None, created=None):
+    created = created or time.strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.monotonic_ns():020d}"
+    return {"kind": kind, "created": created, "step": step, "best_step": best_step}
+
+
+def publish(store, name="step-00000001", content="weights", **settings):
+    with store.draft(name) as draft:
+        (draft.path / "deep").mkdir()
+        (draft.path / "deep" / "file").write_text(content)
+        draft.seal()
+        return store.publish(draft, name, manifest(**settings))
+
+
+def listing(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_versions_of_one_name_are_numbered(tmp_path):
+    store = MergeStore(tmp_path / "a" / "b")
+    assert store.versions() == [] and store.latest() is None
+    names = [publish(store).name for _ in range(3)]
+    assert names == ["step-00000001", "step-00000001-v2", "step-00000001-v3"]
+    assert [v.name for v in store.versions()] == names
+    assert store.latest().name == names[-1]
+    assert listing(store.root) == sorted(names)
+
+
+def test_whatever_stands_at_the_target_is_left_alone(tmp_path):
+    (tmp_path / "m").write_text("a file")
+    (tmp_path / "m-v2").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "m-v3").mkdir()
+    (tmp_path / "m-v4").mkdir()
+    (tmp_path / "m-v4" / "foreign").write_text("x")
+    (tmp_path / "m-v5").symlink_to(tmp_path / "m-v4")
+    store = MergeStore(tmp_path)
+    assert publish(store, "m").name == "m-v6"
+    assert (tmp_path / "m").read_text() == "a file"
+    assert os.readlink(tmp_path / "m-v2") == str(tmp_path / "nowhere")
+    assert listing(tmp_path / "m-v3") == []
+    assert listing(tmp_path / "m-v4") == ["foreign"]
+    assert [v.name for v in store.versions()] == ["m-v6"]
+
+
+def test_a_target_that_somebody_fills_while_it_is_claimed_is_theirs(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    rename = Path.rename
+
+    def fill(self, target):
+        monkeypatch.setattr(Path, "rename", rename)
+        (target / "theirs").write_text("x")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fill)
+    assert publish(MergeStore(tmp_path), "m").name == "m-v2"
+    assert listing(tmp_path / "m") == ["theirs"]
+
+
+def test_a_rename_that_fails_leaves_no_claim(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def refuse(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(MergeStore(tmp_path), "m")
+    assert listing(tmp_path) == []
+
+
+def test_a_failed_draft_leaves_nothing(tmp_path):
+    store = MergeStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt), store.draft("m") as draft:
+        (draft.path / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert listing(tmp_path) == []
+
+
+def test_readers_see_only_directories_with_a_whole_manifest(tmp_path):
+    store = MergeStore(tmp_path)
+    publish(store, "good")
+    for name, text in [
+        ("empty", ""),
+        ("list", "[]"),
+        ("other", '{"schema": 1}'),
+        ("newer", json.dumps({"schema": 99, **manifest(), "files": {}})),
+        (".hidden", json.dumps({"schema": 1, **manifest(), "files": {}})),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path / "good")
+    assert [v.name for v in store.versions()] == ["good"]
+
+
+def test_latest_skips_rescued_adapters(tmp_path):
+    store = MergeStore(tmp_path)
+    publish(store, "step-00000001")
+    publish(store, "step-00000002-adapter", kind="adapter")
+    assert store.latest().name == "step-00000001"
+    assert len(store.versions()) == 2
+
+
+def test_the_newest_is_the_one_made_last_whatever_its_step(tmp_path):
+    store = MergeStore(tmp_path)
+    publish(store, "step-00000900", step=900)
+    publish(store, "step-00000005", step=5)
+    assert store.latest().name == "step-00000005"
+
+
+def test_verify_names_the_file_that_changed(tmp_path):
+    store = MergeStore(tmp_path)
+    version = publish(store, "m")
+    store.verify(version)
+    store.verify("m")
+    file = version.path / "deep" / "file"
+    file.write_text("weightz")
+    with pytest.raises(CorruptVersion, match="deep/file is not what was written"):
+        store.verify("m")
+    file.unlink()
+    with pytest.raises(CorruptVersion, match="deep/file cannot be read"):
+        store.verify(version)
+    with pytest.raises(CorruptVersion, match="not a published version"):
+        store.verify("nothing")
+
+
+def test_threads_that_race_get_a_version_each(tmp_path):
+    store, barrier, names = MergeStore(tmp_path), threading.Barrier(8), []
+
+    def work(content):
+        barrier.wait()
+        names.append((publish(store, "m", content=content).name, content))
+
+    threads = [threading.Thread(target=work, args=(str(i),)) for i in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(name for name, _ in names) == sorted(["m", *(f"m-v{i}" for i in range(2, 9))])
+    for name, content in names:
+        assert (tmp_path / name / "deep" / "file").read_text() == content
+
+
+def _publish_some(root, count):
+    for i in range(count):
+        publish(MergeStore(root), "m", content=f"{os.getpid()} {i}")
+
+
+def test_processes_that_race_get_a_version_each(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_publish_some, args=(tmp_path, 10)) for _ in range(4)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    store = MergeStore(tmp_path)
+    versions = store.versions()
+    assert len(versions) == 40
+    assert len({(v.path / "deep" / "file").read_text() for v in versions}) == 40
+    [store.verify(version) for version in versions]
+    assert len(listing(tmp_path)) == 40
+
+
+def test_drafts_of_the_dead_are_removed_and_those_of_the_living_left(tmp_path, caplog):
+    store = MergeStore(tmp_path)
+    with store.draft("alive") as alive:
+        name = alive.path.name.replace("alive", "dead")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+        (tmp_path / ".elsewhere.another-host.0123456789abcdef0123456789abcdef.draft").mkdir()
+        (tmp_path / ".mine").mkdir()
+        publish(store, "m")
+        left = listing(tmp_path)
+        assert name not in left and alive.path.name in left and ".mine" in left
+        assert any("another-host" in entry for entry in left)
+        assert f"removing {tmp_path / name}" in caplog.text
+
+
+def test_a_draft_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    import merge_callback.store as module
+
+    lock, calls = module._lock, []
+
+    def swept(directory, **settings):
+        calls.append(directory)
+        if len(calls) == 1:
+            directory.rmdir()  # the sweep of another process came first
+        return lock(directory, **settings)
+
+    monkeypatch.setattr(module, "_lock", swept)
+    assert publish(MergeStore(tmp_path), "m").name == "m"
+    assert listing(tmp_path) == ["m"]
+
+
+def test_a_file_system_without_locks_still_takes_versions(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = MergeStore(tmp_path)
+    with store.draft("open") as draft:
+        publish(store, "m")
+        assert draft.path.is_dir()  # nobody can tell whether it is stale
+    assert listing(tmp_path) == ["m"]
+
+
+def test_prune_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path):
+    store = MergeStore(tmp_path)
+    family = r"step-\d{8}(-v\d+)?"
+    for step in range(1, 7):
+        publish(store, f"step-{step:08d}", step=step)
+    publish(store, "step-00000007", step=7, best_step=3)
+    publish(store, "merged")
+    publish(store, "step-00000001-adapter", kind="adapter")
+    push_marker(tmp_path / "step-00000004").write_text("")
+    (tmp_path / "step-00000000").mkdir()
+    removed = store.prune(1, family=family, keep_steps=frozenset({3}))
+    assert removed == [f"step-{step:08d}" for step in (1, 2, 5, 6)]
+    assert listing(tmp_path) == [
+        ".step-00000004.push",
+        "merged",
+        "step-00000000",
+        "step-00000001-adapter",
+        "step-00000003",
+        "step-00000004",
+        "step-00000007",
+    ]
+    assert store.prune(5, family=family, keep_steps=frozenset()) == []
+
+
+def test_check_names_a_root_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(MergeRefused, match="a file; choose another output_dir"):
+            MergeStore(root).check(0)
+    with pytest.raises(MergeRefused, match="GB free and 1000000000"):
+        MergeStore(tmp_path / "new").check(10**18)
+    assert listing(tmp_path / "new") == []
+    with pytest.raises(MergeRefused, match="cannot be used"):
+        MergeStore("/proc/self/none").check(0)
+
+
+def test_a_root_without_permission_is_named(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def refuse(self, *args, **settings):
+        raise PermissionError(13, "Permission denied")  # root may write anywhere, so ask nobody
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(MergeRefused, match="not writable; choose another output_dir"):
+        MergeStore(tmp_path / "x").check(0)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "x" * 200, "a\n"])
+def test_names_that_are_no_directory_names_are_refused(tmp_path, name):
+    with pytest.raises(MergeError, match="cannot name a version"), MergeStore(tmp_path).draft(name):
+        pass
+    assert listing(tmp_path) == []
+
+
+def test_a_manifest_of_the_store_lists_every_file(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    version = publish(MergeStore(tmp_path), "m", content="abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert version.manifest["files"] == {"deep/file": {"size": 3, "sha256": digest}}
+    assert json.loads((version.path / MANIFEST).read_text()) == version.manifest
