@@ -28,6 +28,7 @@ from transformers.modeling_utils import unwrap_model
 from merge_callback.codecs import runs
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.errors import MergeError, MergeRefused
+from merge_callback.host_memory import return_freed_memory
 from merge_callback.live import Weight, active_adapters
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Group, Plan, make_plan
@@ -242,6 +243,7 @@ def _write_weights(
         with tqdm(total=total, desc="merge", unit="tensor", disable=not options.progress) as bar:
             for group in plan.groups:
                 _write_group(plan, group, writers, kept, bar)
+                return_freed_memory()
     for method, writer in writers.items():
         prefix = places[method].relative_to(draft.path)
         draft.records |= {(prefix / file).as_posix(): r for file, r in writer.records.items()}

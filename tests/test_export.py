@@ -589,3 +589,72 @@ def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
 )
 def test_options_that_cannot_be_honoured_are_refused(tmp_path, options, told):
     assert told in refusal(qlora(tmp_path), tmp_path, **options)
+
+
+def test_a_disk_fault_is_told_with_the_cure(tmp_path, monkeypatch):
+    import os
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    model = qlora(tmp_path)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(MergeError, match=r"No space left on device; nothing was published.*free"):
+        merge_adapter(model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_lies_elsewhere_is_refused_by_name(tmp_path):
+    model = qlora(tmp_path, "nf4")
+    norm = model.get_base_model().model.norm
+    norm.weight = torch.nn.Parameter(norm.weight.to("meta"), requires_grad=False)
+    assert "model.norm.weight: offloaded" in refusal(model, tmp_path)
+
+
+def test_modules_to_save_of_a_quantised_layer_are_refused(tmp_path):
+    model = qlora(tmp_path, "nf4")
+    wrapper = model.get_base_model().model.layers[0].mlp.up_proj
+    from peft.utils import ModulesToSaveWrapper
+
+    model.get_base_model().model.layers[0].mlp.up_proj = ModulesToSaveWrapper(
+        wrapper.get_base_layer(), "default"
+    )
+    assert "modules_to_save on a quantised layer" in refusal(model, tmp_path)
+
+
+def test_quantization_config_without_4bit_output_is_refused(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    assert "only used by" in refusal(model, tmp_path, quantization_config=config)
+
+
+def test_layers_that_a_user_skips_stay_in_16_bits(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "down_proj"])
+    result = merge_adapter(
+        model, tmp_path / "out", save_method="merged_4bit", quantization_config=config
+    )
+    loaded = load_stock(result.path)
+    assert type(loaded.model.layers[1].mlp.down_proj) is torch.nn.Linear
+    assert type(loaded.model.layers[1].mlp.up_proj) is not torch.nn.Linear
+
+
+def test_a_model_that_is_not_of_transformers_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = get_peft_model(plain, LoraConfig(target_modules=["0"]))
+    assert "not a transformers model" in refusal(model, tmp_path)
+
+
+def test_lora_on_other_layers_is_refused(tmp_path):
+    from merge_callback.adapters import lora
+
+    conv = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1))
+    from peft import LoraConfig, get_peft_model
+
+    layer = get_peft_model(conv, LoraConfig(target_modules=["0"])).base_model.model[0]
+    assert list(lora.problems(layer)) == [
+        "LoRA on a Conv2d does not merge here; leave it out of target_modules"
+    ]
+    assert "not a LoRA layer" in next(iter(lora.problems(torch.nn.Linear(1, 1))))

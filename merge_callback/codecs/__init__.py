@@ -74,7 +74,7 @@ class Container(Protocol):
 
 
 # Values handled at once: temporaries stay at some 30 MiB, and blocks of every blocksize stay whole.
-RUN = 1 << 21
+RUN = 1 << 18
 
 
 def runs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# bitsandbytes' CPU kernel makes several temporaries as large as its input: some 30 MiB of them.
-_VALUES_AT_ONCE = 1 << 21
+# bitsandbytes' CPU kernel makes several temporaries as large as its input: together some 20 MiB.
+_VALUES_AT_ONCE = 1 << 18
 
 
 def nearest(weight: Tensor, *, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
