@@ -240,7 +240,7 @@ def descend(idx, W, H, S, sweeps, blk=64):
 
 
 def refit(idx, W, H, s, ridge=1e-3):
-    """Least-squares scales for fixed codes: an (in/64)^2 system a row, pulled to the present ones."""
+    """Least-squares scales for fixed codes: an (in/64)^2 system a row, damped by the old ones."""
     C = NF4[idx.long()]
     R, n = C.shape
     nb = n // 64

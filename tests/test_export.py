@@ -658,3 +658,15 @@ def test_lora_on_other_layers_is_refused(tmp_path):
         "LoRA on a Conv2d does not merge here; leave it out of target_modules"
     ]
     assert "not a LoRA layer" in next(iter(lora.problems(torch.nn.Linear(1, 1))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nf4-nested", "bfloat16"])
+def test_a_merge_on_a_gpu_stays_there_and_gives_the_same_model(tmp_path, kind):
+    model = qlora(tmp_path, kind).to("cuda")
+    before = snapshot(model)
+    result = merge_adapter(model, tmp_path / "out", save_method="merged_16bit")
+    assert same(before, snapshot(model))
+    written = load_weights(result.path)
+    for name, weight in merged_weights(model).items():
+        assert ulps(written[name], weight.to(torch.bfloat16).cpu()) <= 1
