@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FAMILY = r"step-\d{8}(-v\d+)?"  # names of the versions that this callback makes, and prunes
-
 
 @dataclass(frozen=True)
 class MergeFailure:
@@ -56,7 +54,8 @@ class MergeOnSaveCallback(TrainerCallback):
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
         safe_serialization: None or True; False is refused.
         verify: read every file back and compare it with what was written.
-        keep_last: how many versions to keep; None: all. The best step's always stays.
+        keep_last: how many of the versions of this run to keep; None: all. The best step's always
+            stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
 
     Attributes:
@@ -217,9 +216,18 @@ class MergeOnSaveCallback(TrainerCallback):
         self.results.append(result)
         self._merged = (state.global_step, best_step)
         if self._keep_last is not None:
-            keep = frozenset(s for s in (state.best_global_step, best_step) if s is not None)
-            for name in store.prune(self._keep_last, family=_FAMILY, keep_steps=keep):
+            self._prune(store, self._keep_last, state)
+
+    def _prune(self, store: MergeStore, keep_last: int, state: TrainerState) -> None:
+        """Remove old versions of this run; that it fails is no failure of the merge."""
+        best = {state.best_global_step, _checkpoint_step(state.best_model_checkpoint)}
+        keep = frozenset(step for step in best if step is not None)
+        names = [result.version for result in self.results]
+        try:
+            for name in store.prune(keep_last, names=names, keep_steps=keep):
                 logger.info("pruned %s", store.root / name)
+        except OSError as error:
+            logger.warning("old versions in %s could not be removed: %s", store.root, error)
 
     def _rescue(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> str:
         """Save the adapter alone; say where, or why not."""
@@ -239,9 +247,12 @@ class MergeOnSaveCallback(TrainerCallback):
         saves = 1
         if self._merge_on_save:
             left = max(0, state.max_steps - state.global_step)
-            if args.save_strategy == "steps":
-                saves += left // max(1, state.save_steps or 1)
-            elif args.save_strategy != "no":  # by epoch, or as often as a metric improves
+            strategy, every = args.save_strategy, state.save_steps
+            if strategy == "best":  # at the most, after each evaluation
+                strategy, every = args.eval_strategy, state.eval_steps
+            if strategy == "steps":
+                saves += left // max(1, every or 1)
+            elif strategy == "epoch":
                 saves += math.ceil(state.num_train_epochs or 1)
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
         return saves if self._keep_last is None else min(saves, self._keep_last + 2)
@@ -253,13 +264,17 @@ def _acts(state: TrainerState) -> bool:
 
 
 def _name(state: TrainerState) -> str:
-    name = f"step-{state.global_step:08d}"
-    assert re.fullmatch(_FAMILY, name)
-    return name
+    return f"step-{state.global_step:08d}"
 
 
 def _best_step(args: TrainingArguments, state: TrainerState) -> int | None:
     """The step whose weights the trainer has loaded at the end; None: the last one's."""
     best = state.best_model_checkpoint
     loaded = args.load_best_model_at_end and best is not None and os.path.isdir(best)
-    return state.best_global_step if loaded else None
+    return _checkpoint_step(best) if loaded else None
+
+
+def _checkpoint_step(checkpoint: str | None) -> int | None:
+    """The step of a checkpoint directory; `best_global_step` may be one that was never saved."""
+    match = re.search(r"checkpoint-(\d+)$", checkpoint or "")
+    return int(match[1]) if match else None

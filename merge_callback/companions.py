@@ -67,9 +67,18 @@ def save_adapter(model: PeftModel, adapters: tuple[str, ...], directory: Path) -
             warnings.filterwarnings("ignore", message="Could not find a config file")
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
             model.save_pretrained(str(directory), selected_adapters=list(adapters))
+        if len(adapters) == 1 and adapters != ("default",):
+            _lift(directory / adapters[0])  # so that PeftModel.from_pretrained(directory) finds it
     finally:
         for name, values in before.items():
             vars(model.peft_config[name]).update(values)
+
+
+def _lift(directory: Path) -> None:
+    """Move the files of a directory into its parent."""
+    for path in directory.iterdir():
+        path.rename(directory.parent / path.name)
+    directory.rmdir()
 
 
 def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
@@ -77,7 +86,7 @@ def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedC
     config.architectures = [type(plan.model).__name__]
     for name, value in restored.items():
         setattr(config.get_text_config(), name, value)
-    if plan.untied:
+    if plan.ties_broken:
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     if method == "merged_16bit":
@@ -99,10 +108,11 @@ def _quantization_config(plan: Plan, method: str) -> BitsAndBytesConfig:
         raise MergeError(
             "the model has no linear layer to quantise; use save_method='merged_16bit'"
         )
+    asked = plan.quantization_config
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=written[0].quant_type,
         bnb_4bit_use_double_quant=written[0].nested,
-        bnb_4bit_compute_dtype=written[0].dtype,
+        bnb_4bit_compute_dtype=asked.bnb_4bit_compute_dtype if asked else written[0].dtype,
         llm_int8_skip_modules=plan.unquantised_linears(method),
     )

@@ -139,6 +139,8 @@ def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, save
         problems += generation_problems(plan)
     except MergeRefused as error:
         problems += error.problems
+    except Exception as error:
+        raise MergeError(f"the merge cannot be planned: {error}") from error
     try:
         store.check(needed)
     except MergeRefused as error:
@@ -166,10 +168,12 @@ def export(
     training = training or Training()
     try:
         return _export(plan, store, options, name, processing_class, training)
-    except OSError as error:
+    except MergeError:
+        raise
+    except Exception as error:  # of torch, of the file system, of the libraries that write to it
         raise MergeError(
-            f"writing below {store.root} failed: {error}; nothing was published and no draft is "
-            "left: free space or mend the file system, then merge again"
+            f"merging into {store.root} failed: {error}; nothing was published and no draft is "
+            "left: if the disk is full free space, if memory ran out free some, then merge again"
         ) from error
 
 
@@ -183,7 +187,7 @@ def _export(
 ) -> MergeResult:
     clock = _Clock()
     with store.draft(name) as draft, _exact_maths(plan):
-        places = {m: draft.path / m if len(plan.methods) > 1 else draft.path for m in plan.methods}
+        places = _places(plan, draft.path)
         kept = _write_weights(plan, options, draft, places)
         for method, place in places.items():
             if method == "lora":
@@ -200,9 +204,12 @@ def _export(
         manifest = _manifest(plan, options, training, kept, clock.seconds)
         version = store.publish(draft, name, manifest)
     _report(plan, version, kept, clock)
-    several = len(plan.methods) > 1
-    paths = {m: version.path / m if several else version.path for m in plan.methods}
-    return MergeResult(version.name, paths, version.manifest)
+    return MergeResult(version.name, _places(plan, version.path), version.manifest)
+
+
+def _places(plan: Plan, top: Path) -> dict[str, Path]:
+    """Where each method's model lies in a version: alone at its top, else in a directory each."""
+    return {method: top / method if len(plan.methods) > 1 else top for method in plan.methods}
 
 
 def rescue(model: nn.Module, store: MergeStore, name: str, step: int) -> Path:
@@ -288,7 +295,11 @@ def _encode_on(
 ) -> Iterator[tuple[str, dict[str, Tensor], Retention]]:
     if not weight.updates:
         for method, containers in plan.containers.items():
-            yield method, containers[weight.key].copy(weight.key, weight.stored), Retention()
+            container = containers[weight.key]
+            if weight.replaced or container.dtype != weight.stored.dtype:
+                limit = torch.finfo(container.dtype).max
+                _check_finite(weight, weight.stored.decode(device), limit)
+            yield method, container.copy(weight.key, weight.stored, device), Retention()
         return
     base = weight.stored.decode(device)
     merged = _merge(weight, base)

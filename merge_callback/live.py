@@ -30,7 +30,8 @@ class Weight:
     """One tensor of the model under its name in the unadapted model, and what was trained of it.
 
     `linear`: it is the weight of a linear layer, which a 4-bit checkpoint may quantise. `conv1d`:
-    its checkpoint is the transpose of what bitsandbytes holds. `replaced`: it was trained whole.
+    its checkpoint is the transpose of what bitsandbytes holds. `replaced`: it was trained whole, as
+    modules_to_save and biases are.
     """
 
     key: str
@@ -124,7 +125,7 @@ def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
             stored,
             linear=name == "weight" and isinstance(module, nn.Linear),
             conv1d=not isinstance(stored, PlainWeight) and _from_conv1d(module),
-            replaced=replaced,
+            replaced=replaced or tensor.requires_grad,
         )
 
 

@@ -92,6 +92,8 @@ class MergeOptions:
     def _method_problems(self) -> list[str]:
         if self.save_method is None:
             return []
+        if not isinstance(self.save_method, str | Sequence):
+            return [f"save_method={self.save_method!r} must be a name or a list of names"]
         known = ", ".join(repr(name) for name in SAVE_METHODS)
         methods = self.methods(base_is_4bit=True)
         if not methods:
@@ -107,6 +109,8 @@ class MergeOptions:
         return [f"dtype={self.dtype!r} cannot hold merged weights; use one of {', '.join(names)}"]
 
     def _shard_problems(self) -> list[str]:
+        if not isinstance(self.max_shard_size, int | str):
+            return [f"max_shard_size={self.max_shard_size!r} is no size; use bytes or e.g. '5GB'"]
         try:
             split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
         except ValueError:

@@ -56,8 +56,9 @@ class Plan:
         containers: method -> weight -> how to write it.
         names: from names in memory to names in a checkpoint.
         dtype: dtype of the 16-bit output.
-        tied: weights that are not written, since they equal another one.
-        untied: the adapter pulled tied embeddings apart, so both ends are written.
+        tied_names: weights that are not written, since they equal another one.
+        ties_broken: the adapter pulled tied embeddings apart, so both ends are written.
+        quantization_config: what was asked for, for 4-bit output of a base of more bits.
         weights: all weights that are written, by name.
     """
 
@@ -69,8 +70,9 @@ class Plan:
     containers: Mapping[str, Mapping[str, Container]]
     names: CheckpointNames
     dtype: torch.dtype
-    tied: tuple[str, ...]
-    untied: bool
+    tied_names: tuple[str, ...]
+    ties_broken: bool
+    quantization_config: Any
     weights: Mapping[str, Weight] = field(repr=False)
 
     @property
@@ -92,7 +94,7 @@ class Plan:
             for weight in self.weights.values()
             if weight.linear and isinstance(containers[weight.key], Plain)
         ]
-        return sorted(key.removesuffix(".weight") for key in (*kept, *self.tied))
+        return sorted(key.removesuffix(".weight") for key in (*kept, *self.tied_names))
 
 
 def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
@@ -129,8 +131,9 @@ def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
         containers=containers,
         names=names,
         dtype=dtype,
-        tied=tied,
-        untied=untied,
+        tied_names=tied,
+        ties_broken=untied,
+        quantization_config=options.quantization_config,
         weights=weights,
     )
 
@@ -240,7 +243,8 @@ def _quantisable(
         patterns += [name for name, module in model.named_modules() if module is output]
         patterns += [list(weights)[-1].removesuffix(".weight")]
     patterns = [*patterns, *(model._keep_in_fp32_modules or ())]
-    linears = [key for key, weight in weights.items() if weight.linear]
+    # What was trained whole stays in 16 bits: no adapter would tell how much of it rounding took.
+    linears = [key for key, weight in weights.items() if weight.linear and not weight.replaced]
     return [k for k in linears if should_convert_module(k.removesuffix(".weight"), patterns)]
 
 

@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -160,18 +160,20 @@ class MergeStore:
         sync(self.root)
         return Version(target.name, target, json.loads(text))
 
-    def prune(self, keep_last: int, *, family: str, keep_steps: frozenset[int]) -> list[str]:
-        """Remove all but the newest versions whose name fully matches the pattern `family`.
+    def prune(
+        self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
+    ) -> list[str]:
+        """Remove all but the newest of the versions called `names`.
 
         Args:
             keep_last: how many to leave, at least 1.
-            family: regular expression; versions of other names are not touched.
+            names: versions of other names are not touched.
             keep_steps: steps, or best steps, whose versions stay.
 
         Returns:
             The names of those removed.
         """
-        ours = [v for v in self.versions() if re.fullmatch(family, v.name) and _merged(v)]
+        ours = [v for v in self.versions() if v.name in names]
         removed = []
         for version in ours[:-keep_last]:
             steps = {version.manifest["step"], version.manifest["best_step"]}
@@ -186,7 +188,11 @@ class MergeStore:
         while True:
             path = self._draft_path(name)
             path.mkdir()
-            lock = _lock(path)
+            try:
+                lock = _lock(path)
+            except OSError:
+                path.rmdir()
+                raise
             if lock is not None:
                 if _is_at(lock, path):
                     return path, lock
@@ -201,7 +207,10 @@ class MergeStore:
             match = _DRAFT.fullmatch(path.name)
             if match is None or match["host"] != _host():
                 continue
-            lock = _lock(path, where_unsupported=False)
+            try:
+                lock = _lock(path, where_unsupported=False)
+            except OSError:  # not a directory, or not ours to open
+                continue
             if lock is not None:
                 logger.warning("removing %s, left by a process that died", path)
                 shutil.rmtree(path, ignore_errors=True)
@@ -268,10 +277,6 @@ def _check(directory: Path, records: Mapping[str, FileRecord]) -> None:
             )
 
 
-def _merged(version: Version) -> bool:
-    return bool(version.manifest["kind"] == "merged")
-
-
 def _number(name: str) -> int:
     match = re.search(r"-v(\d+)$", name)
     return int(match[1]) if match else 1
@@ -289,7 +294,7 @@ def _lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """The callback in real trainers: when it merges, what it leaves alone, what it does on failure."""
 
 import logging
-import os
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeStore
 
+EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 TEXTS = [" ".join(f"w{(i * 7 + j) % 50}" for j in range(12)) for i in range(16)]
 COMMON = {
     "use_cpu": True,
@@ -202,6 +202,8 @@ def test_an_evaluation_before_training_repacks_nothing(tmp_path):
     run.evaluate()
     run.train()
     assert len(callback.results) == 1
+    flags = {getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules()}
+    assert flags == {False}  # what cures it, on a CPU that would not repack too
 
 
 def refused(run):
@@ -244,13 +246,59 @@ def test_a_disk_too_small_for_all_saves_is_refused(tmp_path, monkeypatch):
         ({"save_strategy": "no"}, 1),
         ({"save_strategy": "steps", "save_steps": 2}, 3),
         ({"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, 3),
+        ({"save_strategy": "best", "metric_for_best_model": "loss", **EACH_STEP}, 5),
     ],
 )
 def test_the_saves_to_come_are_counted_and_told(tmp_path, caplog, settings, saves):
     caplog.set_level(logging.INFO)
     trainer(tmp_path, MergeOnSaveCallback(merge_on_save=True), **settings).train()
     assert f"merges to come: {saves} of" in caplog.text
-    assert len(listing(tmp_path)) <= saves
+    assert 1 <= len(listing(tmp_path)) <= saves
+
+
+def test_the_best_step_is_that_of_the_checkpoint_which_was_loaded(tmp_path):
+    class Best(MergeOnSaveCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = abs(state.global_step - 3.4)  # 3 is best, but never saved
+
+    callback = Best(merge_on_save=True, keep_last=1)
+    settings = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    run = trainer(tmp_path, callback, max_steps=4, **settings, **EACH_STEP)
+    run.train()
+    loaded = int(run.state.best_model_checkpoint.rpartition("-")[2])
+    manifests = {r.version: r.manifest for r in callback.results}
+    assert f"step-{loaded:08d}" in listing(tmp_path)
+    if loaded != 4:
+        assert manifests["step-00000004-v2"]["best_step"] == loaded
+
+
+def test_versions_of_another_run_are_not_pruned(tmp_path):
+    trainer(tmp_path, MergeOnSaveCallback()).train()
+    callback = MergeOnSaveCallback(merge_on_save=True, keep_last=1)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    assert listing(tmp_path) == ["step-00000004", "step-00000004-v2"]
+
+
+def test_a_prune_that_fails_is_no_failed_merge(tmp_path, monkeypatch, caplog):
+    def refuse(self, version):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(MergeStore, "_remove", refuse)
+    callback = MergeOnSaveCallback(merge_on_save=True, keep_last=1)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    assert len(callback.results) == 2
+    assert "could not be removed" in caplog.text
+
+
+def test_memory_that_runs_out_while_planning_does_not_restart_training(tmp_path, monkeypatch):
+    import merge_callback.export as module
+
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "make_plan", exhausted)
+    with pytest.raises(MergeError, match="cannot be planned"):
+        trainer(tmp_path, MergeOnSaveCallback(), auto_find_batch_size=True).train()
 
 
 def break_adapter(model):
@@ -295,7 +343,7 @@ def test_warn_logs_the_failure_keeps_it_and_trains_on(tmp_path, caplog):
     assert [failure.step for failure in callback.failures] == [2, 4, 4]
     assert "not finite" in caplog.text and "Traceback" in caplog.text
     assert listing(tmp_path) == ["step-00000004-adapter"]  # only at the end, and once
-    assert sorted(os.listdir(tmp_path / "run" / "checkpoint-4"))
+    assert (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").exists()
 
 
 def test_a_failed_merge_on_save_raises_and_leaves_the_checkpoint(tmp_path):

@@ -126,7 +126,10 @@ def test_weights_without_an_update_keep_their_own_codes(tmp_path, kind):
 def test_other_bases_are_quantised_to_4bit(tmp_path, kind, nested):
     model = qlora(tmp_path, kind)
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float16,
     )
     methods = ["merged_4bit", "merged_16bit"]
     result = merge_adapter(
@@ -135,6 +138,7 @@ def test_other_bases_are_quantised_to_4bit(tmp_path, kind, nested):
     written = load_stock(result.path)
     exact = load_weights(result.paths["merged_16bit"])
     assert type(written.lm_head) is torch.nn.Linear
+    assert written.config.quantization_config.bnb_4bit_compute_dtype == torch.float16
     for name in merged_weights(model):
         codes, _ = bnb.quantize_4bit(exact[name], quant_type="nf4")
         assert torch.equal(written.get_parameter(name).data, codes), name
@@ -580,6 +584,8 @@ def test_a_generation_config_that_cannot_be_saved_is_refused(tmp_path):
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"max_shard_size": "5 apples"}, "max_shard_size"),
         ({"max_shard_size": 0}, "max_shard_size"),
+        ({"max_shard_size": None}, "max_shard_size"),
+        ({"save_method": 5}, "save_method=5"),
         ({"safe_serialization": False}, "safetensors"),
         ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "load_in_4bit"),
         ({"name": "../up"}, "name='../up'"),
@@ -670,3 +676,58 @@ def test_a_merge_on_a_gpu_stays_there_and_gives_the_same_model(tmp_path, kind):
     written = load_weights(result.path)
     for name, weight in merged_weights(model).items():
         assert ulps(written[name], weight.to(torch.bfloat16).cpu()) <= 1
+
+
+def test_nan_in_what_was_trained_whole_is_named(tmp_path):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = qlora(tmp_path, "nf4", tied=False, **settings)
+    trained = model.get_base_model().lm_head.modules_to_save["default"].weight
+    trained.data[0, 0] = torch.nan
+    with pytest.raises(MergeError, match=r"lm_head\.weight.*not finite"):
+        merge_adapter(model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_untouched_value_too_large_for_the_output_is_named(tmp_path):
+    model = qlora(tmp_path)
+    model.get_base_model().model.embed_tokens.weight.data[0, 0] = 1e5
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight.*too large"):
+        merge_adapter(model, tmp_path / "out", save_method="merged_16bit", dtype="float16")
+
+
+def test_an_adapter_of_another_name_loads_from_its_directory(tmp_path):
+    from peft import PeftModel
+
+    model = adapt(load_base(save_base(tmp_path / "base"), "nf4"), name="mine")
+    result = merge_adapter(model, tmp_path / "out", save_method="lora")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in result.path.iterdir()
+    }
+    loaded = PeftModel.from_pretrained(load_base(tmp_path / "base", "nf4"), result.path)
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_what_was_trained_whole_is_not_quantised(tmp_path):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}
+    model = qlora(tmp_path, "bfloat16", **settings)
+    result = merge_adapter(model, tmp_path / "out", save_method="merged_4bit")
+    loaded = load_stock(result.path)
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert type(loaded.model.layers[0].mlp.down_proj) is not torch.nn.Linear
+
+
+def test_faults_of_the_libraries_that_write_are_told_as_ours(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, directory):
+            raise Exception("disk quota exceeded")
+
+    with pytest.raises(MergeError, match="disk quota exceeded; nothing was published"):
+        merge_adapter(qlora(tmp_path), tmp_path / "out", processing_class=Tokenizer())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_hash_of_an_adapter_knows_its_scale(tmp_path):
+    model = qlora(tmp_path)
+    one = merge_adapter(model, tmp_path / "out").manifest["adapter_sha256"]
+    model.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] *= 2
+    assert merge_adapter(model, tmp_path / "out").manifest["adapter_sha256"] != one

@@ -219,7 +219,6 @@ def test_a_file_system_without_locks_still_takes_versions(tmp_path, monkeypatch)
 
 def test_prune_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path):
     store = MergeStore(tmp_path)
-    family = r"step-\d{8}(-v\d+)?"
     for step in range(1, 7):
         publish(store, f"step-{step:08d}", step=step)
     publish(store, "step-00000007", step=7, best_step=3)
@@ -227,7 +226,8 @@ def test_prune_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path):
     publish(store, "step-00000001-adapter", kind="adapter")
     push_marker(tmp_path / "step-00000004").write_text("")
     (tmp_path / "step-00000000").mkdir()
-    removed = store.prune(1, family=family, keep_steps=frozenset({3}))
+    names = [f"step-{step:08d}" for step in range(8)]
+    removed = store.prune(1, names=names, keep_steps=frozenset({3}))
     assert removed == [f"step-{step:08d}" for step in (1, 2, 5, 6)]
     assert listing(tmp_path) == [
         ".step-00000004.push",
@@ -238,7 +238,7 @@ def test_prune_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path):
         "step-00000004",
         "step-00000007",
     ]
-    assert store.prune(5, family=family, keep_steps=frozenset()) == []
+    assert store.prune(5, names=names, keep_steps=frozenset()) == []
 
 
 def test_check_names_a_root_that_cannot_be_used(tmp_path):
@@ -277,3 +277,16 @@ def test_a_manifest_of_the_store_lists_every_file(tmp_path, caplog):
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert version.manifest["files"] == {"deep/file": {"size": 3, "sha256": digest}}
     assert json.loads((version.path / MANIFEST).read_text()) == version.manifest
+
+
+def test_no_draft_is_left_when_descriptors_run_out(tmp_path, monkeypatch):
+    import merge_callback.store as module
+
+    def refuse(path, flags):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(module.os, "open", refuse)
+    with pytest.raises(OSError, match="Too many open files"), MergeStore(tmp_path).draft("m"):
+        pass
+    monkeypatch.undo()
+    assert listing(tmp_path) == []

@@ -21,5 +21,5 @@ class Update(Protocol):
         ...
 
     def tensors(self) -> Iterable[Tensor]:
-        """The trained tensors."""
+        """All that the change is made of: the trained tensors, and their scale."""
         ...

@@ -40,7 +40,7 @@ class LowRank:
         view.addmm_(b, a, alpha=self.scaling)  # (out, r) @ (r, in)
 
     def tensors(self) -> Iterable[Tensor]:
-        return (self.a, self.b)
+        return (self.a, self.b, torch.tensor(self.scaling))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from merge_callback.rounding.nearest import RUN
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -64,17 +66,13 @@ class Container(Protocol):
         """Round `weight`, any float dtype, once, into this container."""
         ...
 
-    def copy(self, name: str, stored: Stored) -> dict[str, Tensor]:
+    def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
         """Write a weight that nothing changed: its own bytes where the container can."""
         ...
 
     def values(self, name: str, encoded: Mapping[str, Tensor], numel: int) -> Iterator[Tensor]:
         """What a loader makes of `encoded`: flat float32 runs of RUN, in the module's order."""
         ...
-
-
-# Values handled at once: temporaries stay at some 30 MiB, and blocks of every blocksize stay whole.
-RUN = 1 << 18
 
 
 def runs(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

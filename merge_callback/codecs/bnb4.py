@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from merge_callback.codecs import RUN, Stored, TensorSpec
+from merge_callback.codecs import Stored, TensorSpec
 from merge_callback.rounding import ROUNDINGS
+from merge_callback.rounding.nearest import RUN
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -96,9 +97,9 @@ class Bnb4:
         )
         return self._tensors(name, packed, self._state(weight.shape, scales))
 
-    def copy(self, name: str, stored: Stored) -> dict[str, Tensor]:
+    def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
         if not isinstance(stored, Bnb4Weight):
-            return self.encode(name, stored.decode(stored.device).float())
+            return self.encode(name, stored.decode(device).float())
         packed = stored.packed.detach().view(torch.uint8).reshape(-1, 1)
         return self._tensors(name, packed, stored.state)
 

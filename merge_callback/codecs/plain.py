@@ -57,8 +57,8 @@ class Plain:
     def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         return {name: (weight.t() if self.transposed else weight).to(self.dtype).contiguous()}
 
-    def copy(self, name: str, stored: Stored) -> dict[str, Tensor]:
-        return self.encode(name, stored.decode(stored.device))
+    def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
+        return self.encode(name, stored.decode(device))
 
     def values(self, name: str, encoded: Mapping[str, Tensor], numel: int) -> Iterator[Tensor]:
         weight = encoded[name].t() if self.transposed else encoded[name]

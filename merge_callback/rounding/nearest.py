@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# bitsandbytes' CPU kernel makes several temporaries as large as its input: together some 20 MiB.
-_VALUES_AT_ONCE = 1 << 18
+# Values handled at once, a multiple of every blocksize: temporaries stay at a few MiB.
+RUN = 1 << 18
 
 
 def nearest(weight: Tensor, *, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def nearest(weight: Tensor, *, quant_type: str, blocksize: int) -> tuple[Tensor,
 
     flat = weight.reshape(-1)
     packed, scales = [], []
-    for run in torch.split(flat, _VALUES_AT_ONCE):  # a multiple of every blocksize
+    for run in torch.split(flat, RUN):
         codes, state = bnb.quantize_4bit(
             run, blocksize=blocksize, quant_type=quant_type, compress_statistics=False
         )
