@@ -731,3 +731,17 @@ def test_the_hash_of_an_adapter_knows_its_scale(tmp_path):
     one = merge_adapter(model, tmp_path / "out").manifest["adapter_sha256"]
     model.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] *= 2
     assert merge_adapter(model, tmp_path / "out").manifest["adapter_sha256"] != one
+
+
+def test_biases_that_were_trained_are_written_and_checked(tmp_path):
+    path = save_base(tmp_path / "base", attention_bias=True)
+    model = adapt(load_base(path, "nf4"), target_modules=["q_proj"], bias="lora_only")
+    bias = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.bias
+    assert bias.requires_grad
+    torch.nn.init.normal_(bias)
+    result = merge_adapter(model, tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert torch.equal(load_weights(result.path)[name], bias.to(torch.bfloat16))
+    bias.data[0] = torch.nan
+    with pytest.raises(MergeError, match=r"q_proj\.bias.*not finite"):
+        merge_adapter(model, tmp_path / "out")
