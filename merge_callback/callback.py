@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from merge_callback.companions import live_settings
 from merge_callback.errors import MergeError, MergeRefused
-from merge_callback.export import MergeResult, Training, check_merge, export, rescue
+from merge_callback.export import MergeResult, check_merge, export, rescue
 from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
 from merge_callback.plan import make_plan
 from merge_callback.store import MergeStore

@@ -7,15 +7,12 @@ unless every step went well.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +27,15 @@ from merge_callback.companions import generation_problems, save_adapter, save_co
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.host_memory import return_freed_memory
 from merge_callback.live import Weight, active_adapters
+from merge_callback.manifest import Training, libraries, merge_manifest, now, overall
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Group, Plan, make_plan
 from merge_callback.retention import Retention, retention
-from merge_callback.shards import CheckpointWriter, host_bytes
+from merge_callback.shards import CheckpointWriter
 from merge_callback.store import Draft, MergeStore, Version
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("merge_callback", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 _LITTLE = 0.5  # retention below which a 4-bit export has lost most of what was trained
 
 
@@ -60,21 +57,6 @@ class MergeResult:
     def path(self) -> Path:
         """Directory of the first save method."""
         return next(iter(self.paths.values()))
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a trainer knows of the moment of the merge.
-
-    Attributes:
-        step: global step; None outside a trainer.
-        best_step: the step that the weights come from, when the best model was loaded at the end.
-        settings: config values to restore, which the trainer had changed.
-    """
-
-    step: int | None = None
-    best_step: int | None = None
-    settings: Mapping[str, Any] | None = None
 
 
 def merge_adapter(
@@ -201,7 +183,7 @@ def _export(
         if options.verify:
             draft.verify()
             clock.lap("verify")
-        manifest = _manifest(plan, options, training, kept, clock.seconds)
+        manifest = merge_manifest(plan, options, training, kept, clock.seconds)
         version = store.publish(draft, name, manifest)
     _report(plan, version, kept, clock)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
@@ -221,11 +203,11 @@ def rescue(model: nn.Module, store: MergeStore, name: str, step: int) -> Path:
         draft.seal()
         manifest = {
             "kind": "adapter",
-            "created": _now(),
+            "created": now(),
             "step": step,
             "best_step": None,
             "adapters": list(adapters),
-            "libraries": _libraries(),
+            "libraries": libraries(),
         }
         return store.publish(draft, name, manifest).path
 
@@ -367,75 +349,10 @@ class _Clock:
         return time.monotonic() - self._start
 
 
-def _manifest(
-    plan: Plan,
-    options: MergeOptions,
-    training: Training,
-    kept: Mapping[str, Mapping[str, Retention]],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    return {
-        "kind": "merged",
-        "created": _now(),
-        "step": training.step,
-        "best_step": training.best_step,
-        "base": _base(plan),
-        "adapters": list(plan.adapters),
-        "adapter_sha256": _adapter_hash(plan),
-        "save_methods": list(plan.methods),
-        "rounding": options.rounding_method if "merged_4bit" in plan.methods else None,
-        "maths_dtype": "float32",
-        "retention": {
-            method: {
-                "overall": _overall(tensors).value,
-                "tensors": {key: part.value for key, part in tensors.items()},
-            }
-            for method, tensors in kept.items()
-        },
-        "libraries": _libraries(),
-        "seconds": dict(seconds),
-    }
-
-
-def _overall(tensors: Mapping[str, Retention]) -> Retention:
-    return sum(tensors.values(), Retention())
-
-
-def _base(plan: Plan) -> dict[str, str | None]:
-    """Id and revision; of a local directory its name alone, of a base made in memory nothing."""
-    name = getattr(plan.model.config, "_name_or_path", None) or None
-    if name is not None and os.path.isabs(name):
-        name = os.path.basename(os.path.normpath(name))
-    return {"id": name, "revision": getattr(plan.model.config, "_commit_hash", None)}
-
-
-def _adapter_hash(plan: Plan) -> str:
-    digest = hashlib.sha256()
-    for key, weight in sorted(plan.weights.items()):
-        for tensor in weight.trained:
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(host_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _libraries() -> dict[str, str | None]:
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in _LIBRARIES}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
 def _report(
     plan: Plan, version: Version, kept: Mapping[str, Mapping[str, Retention]], clock: _Clock
 ) -> None:
-    values = {method: _overall(tensors).value for method, tensors in kept.items()}
+    values = {method: overall(tensors).value for method, tensors in kept.items()}
     told = ", ".join(f"{m} retention {v:.3f}" for m, v in values.items() if v is not None)
     size = sum(file["size"] for file in version.manifest["files"].values())
     logger.info(

@@ -1,0 +1,103 @@
+"""What a manifest says of a merge. Knows nothing of trainers or of how weights are written."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from merge_callback.options import MergeOptions
+from merge_callback.plan import Plan
+from merge_callback.retention import Retention
+from merge_callback.shards import host_bytes
+
+_LIBRARIES = ("merge_callback", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a trainer knows of the moment of the merge.
+
+    Attributes:
+        step: global step; None outside a trainer.
+        best_step: the step that the weights come from, when the best model was loaded at the end.
+        settings: config values to restore, which the trainer had changed.
+    """
+
+    step: int | None = None
+    best_step: int | None = None
+    settings: Mapping[str, Any] | None = None
+
+
+def merge_manifest(
+    plan: Plan,
+    options: MergeOptions,
+    training: Training,
+    kept: Mapping[str, Mapping[str, Retention]],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The manifest of a merged version, but for its files."""
+    return {
+        "kind": "merged",
+        "created": now(),
+        "step": training.step,
+        "best_step": training.best_step,
+        "base": _base(plan),
+        "adapters": list(plan.adapters),
+        "adapter_sha256": _adapter_hash(plan),
+        "save_methods": list(plan.methods),
+        "rounding": options.rounding_method if "merged_4bit" in plan.methods else None,
+        "maths_dtype": "float32",
+        "retention": {
+            method: {
+                "overall": overall(tensors).value,
+                "tensors": {key: part.value for key, part in tensors.items()},
+            }
+            for method, tensors in kept.items()
+        },
+        "libraries": libraries(),
+        "seconds": dict(seconds),
+    }
+
+
+def overall(tensors: Mapping[str, Retention]) -> Retention:
+    """Retention over several weights."""
+    return sum(tensors.values(), Retention())
+
+
+def _base(plan: Plan) -> dict[str, str | None]:
+    """Id and revision; of a local directory its name alone, of a base made in memory nothing."""
+    name = getattr(plan.model.config, "_name_or_path", None) or None
+    if name is not None and os.path.isabs(name):
+        name = os.path.basename(os.path.normpath(name))
+    return {"id": name, "revision": getattr(plan.model.config, "_commit_hash", None)}
+
+
+def _adapter_hash(plan: Plan) -> str:
+    digest = hashlib.sha256()
+    for key, weight in sorted(plan.weights.items()):
+        for tensor in weight.trained:
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(host_bytes(tensor))
+    return digest.hexdigest()
+
+
+def libraries() -> dict[str, str | None]:
+    """Versions of all that takes part."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def now() -> str:
+    """UTC, to the microsecond."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
