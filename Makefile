@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install format check test demo bench clean
+.PHONY: install format check test demo bench bench-fidelity clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ demo: $(VENV)/.installed
 
 bench: install
 	$(BIN)/python benchmarks/memory.py
+
+bench-fidelity: install
+	$(BIN)/python benchmarks/fidelity.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

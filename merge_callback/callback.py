@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from merge_callback.calibration.batches import TrainingData
 from merge_callback.companions import live_settings
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue
@@ -49,7 +50,14 @@ class MergeOnSaveCallback(TrainerCallback):
         save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
             None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
         merge_on_save: merge at every checkpoint too.
-        rounding: how 4-bit codes are chosen, see `MergeOptions`.
+        rounding: how 4-bit codes are chosen, see `MergeOptions`. Calibrated and tuned rounding look
+            at the training data: batches drawn anew from the trainer's dataset, or, where that does
+            not give what the model takes (streams, preference data, generated samples), the last
+            ones that the model was trained on.
+        base: what the adapter is added to, `"live"` or `"original"`, see `MergeOptions`.
+        calibration_tokens: how many tokens of training data to look at.
+        calibration_memory: bytes for their streams; None: a quarter of what is free.
+        rounding_minutes: what calibrated and tuned rounding may take at each merge.
         dtype: dtype of the 16-bit output; None: that of the base.
         quantization_config: settings of 4-bit output on a base that is not 4-bit.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
@@ -77,6 +85,10 @@ class MergeOnSaveCallback(TrainerCallback):
         save_method: str | Sequence[str] | None = None,
         merge_on_save: bool = False,
         rounding: str = "auto",
+        base: str = "live",
+        calibration_tokens: int = 65536,
+        calibration_memory: int | None = None,
+        rounding_minutes: float | None = None,
         dtype: torch.dtype | str | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         max_shard_size: int | str = "5GB",
@@ -88,6 +100,10 @@ class MergeOnSaveCallback(TrainerCallback):
         self._options = MergeOptions(
             save_method=save_method,
             rounding=rounding,
+            base=base,
+            calibration_tokens=calibration_tokens,
+            calibration_memory=calibration_memory,
+            rounding_minutes=rounding_minutes,
             dtype=dtype,
             quantization_config=quantization_config,
             max_shard_size=max_shard_size,
@@ -107,6 +123,7 @@ class MergeOnSaveCallback(TrainerCallback):
         self._keep_last = keep_last
         self._on_error = on_error
         self._settings: dict[str, Any] | None = None
+        self._data: TrainingData | None = None
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
 
     def on_init_end(
@@ -129,6 +146,7 @@ class MergeOnSaveCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Refuse now what would fail after hours of training."""
@@ -138,6 +156,13 @@ class MergeOnSaveCallback(TrainerCallback):
         self._merged = None
         saves = self._saves_to_come(args, state)
         plan = check_merge(model, self._store(args), self._options, saves=saves)
+        if plan.to_round() and self._options.wants_data:
+            self._data = TrainingData(
+                plan.model,
+                train_dataloader,
+                batch_size=args.per_device_train_batch_size,
+                tokens=self._options.calibration_tokens,
+            )
         logger.info(
             "merges to come: %d of %.2f GB each, into %s",
             saves,
@@ -156,7 +181,8 @@ class MergeOnSaveCallback(TrainerCallback):
     ) -> None:
         """Merge at a checkpoint, when asked to."""
         if model is not None and self._merge_on_save and _acts(state):
-            self._try(args, state, model, processing_class, best_step=None, last=False)
+            last = control.should_training_stop or state.global_step >= state.max_steps
+            self._try(args, state, model, processing_class, best_step=None, last=last)
 
     def on_train_end(
         self,
@@ -170,10 +196,12 @@ class MergeOnSaveCallback(TrainerCallback):
         """Merge what was trained, unless the last save has done so."""
         if model is None or not _acts(state):
             return
+        if self._data is not None:
+            self._data.close()
         best_step = _best_step(args, state)
         if self._merged == (state.global_step, None) and best_step in (None, state.global_step):
             return
-        self._try(args, state, model, processing_class, best_step=best_step, last=True)
+        self._try(args, state, model, processing_class, best_step=best_step, last=True, rescue=True)
 
     def _try(
         self,
@@ -184,12 +212,13 @@ class MergeOnSaveCallback(TrainerCallback):
         *,
         best_step: int | None,
         last: bool,
+        rescue: bool = False,
     ) -> None:
-        """Merge; on failure save the adapter if this was the last chance, then raise or warn."""
+        """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
         try:
-            self._merge(args, state, model, processing_class, best_step)
+            self._merge(args, state, model, processing_class, best_step, last)
         except Exception as error:
-            saved = f"; {self._rescue(args, state, model)}" if last else ""
+            saved = f"; {self._rescue(args, state, model)}" if rescue else ""
             failure = MergeError(f"the merge at step {state.global_step} failed: {error}{saved}")
             if self._on_error == "raise":
                 raise failure from error
@@ -203,6 +232,7 @@ class MergeOnSaveCallback(TrainerCallback):
         model: nn.Module,
         processing_class: Any,
         best_step: int | None,
+        last: bool,
     ) -> None:
         store = self._store(args)
         options = replace(self._options, progress=not args.disable_tqdm)
@@ -213,9 +243,12 @@ class MergeOnSaveCallback(TrainerCallback):
             name=_name(state),
             processing_class=processing_class,
             training=Training(state.global_step, best_step, self._settings),
+            batches=None if self._data is None else self._data.batches(),
+            last=last,
         )
         self.results.append(result)
-        self._merged = (state.global_step, best_step)
+        if last or self._options.rounding != "auto":  # else the end of training does it better
+            self._merged = (state.global_step, best_step)
         if self._keep_last is not None:
             self._prune(store, self._keep_last, state)
 

@@ -111,8 +111,8 @@ def _quantization_config(plan: Plan, method: str) -> BitsAndBytesConfig:
     asked = plan.quantization_config
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
-        bnb_4bit_quant_type=written[0].quant_type,
-        bnb_4bit_use_double_quant=written[0].nested,
+        bnb_4bit_quant_type=written[0].grid.quant_type,
+        bnb_4bit_use_double_quant=written[0].grid.nested,
         bnb_4bit_compute_dtype=asked.bnb_4bit_compute_dtype if asked else written[0].dtype,
         llm_int8_skip_modules=plan.unquantised_linears(method),
     )

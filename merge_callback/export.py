@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
 
+from merge_callback.calibration.batches import Batch
+from merge_callback.calibration.choice import choose
 from merge_callback.codecs import runs
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.errors import MergeError, MergeRefused
@@ -67,6 +69,11 @@ def merge_adapter(
     name: str = "merged",
     save_method: str | list[str] | tuple[str, ...] | None = None,
     rounding: str = "auto",
+    base: str = "live",
+    calibration_data: Iterable[Batch] | None = None,
+    calibration_tokens: int = 65536,
+    calibration_memory: int | None = None,
+    rounding_minutes: float | None = None,
     dtype: torch.dtype | str | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     max_shard_size: int | str = "5GB",
@@ -85,6 +92,8 @@ def merge_adapter(
         processing_class: tokenizer or processor to write beside the model.
         name: name of the version.
         save_method: see `MergeOptions`, as for all that follow.
+        calibration_data: batches of training data, dicts of tensors as the model's forward takes
+            them, for calibrated and tuned rounding. Iterated once, as far as it is needed.
 
     Raises:
         MergeRefused: what was asked for cannot be done; all reasons at once, nothing was written.
@@ -94,6 +103,10 @@ def merge_adapter(
     options = MergeOptions(
         save_method=save_method,
         rounding=rounding,
+        base=base,
+        calibration_tokens=calibration_tokens,
+        calibration_memory=calibration_memory,
+        rounding_minutes=rounding_minutes,
         dtype=dtype,
         quantization_config=quantization_config,
         max_shard_size=max_shard_size,
@@ -101,9 +114,18 @@ def merge_adapter(
         verify=verify,
         progress=progress,
     )
+    if options.needs_data and calibration_data is None:
+        raise MergeRefused([f"rounding={rounding!r} needs calibration_data"])
     store = MergeStore(output_dir)
     plan = check_merge(model, store, options)
-    return export(plan, store, options, name=name, processing_class=processing_class)
+    return export(
+        plan,
+        store,
+        options,
+        name=name,
+        processing_class=processing_class,
+        batches=calibration_data,
+    )
 
 
 def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, saves: int = 1) -> Plan:
@@ -141,15 +163,22 @@ def export(
     name: str,
     processing_class: Any = None,
     training: Training | None = None,
+    batches: Iterable[Batch] | None = None,
+    last: bool = True,
 ) -> MergeResult:
     """Write what was planned and publish it as version `name`.
+
+    Args:
+        batches: what calibrated and tuned rounding look at; None: there is no data.
+        last: training is over, so that `rounding="auto"` may take its time.
 
     Raises:
         MergeError, CorruptVersion: as `merge_adapter`.
     """
     training = training or Training()
     try:
-        return _export(plan, store, options, name, processing_class, training)
+        with _exact_maths(plan):
+            return _export(plan, store, options, name, processing_class, training, batches, last)
     except MergeError:
         raise
     except Exception as error:  # of torch, of the file system, of the libraries that write to it
@@ -166,9 +195,14 @@ def _export(
     name: str,
     processing_class: Any,
     training: Training,
+    batches: Iterable[Batch] | None,
+    last: bool,
 ) -> MergeResult:
     clock = _Clock()
-    with store.draft(name) as draft, _exact_maths(plan):
+    choice = choose(plan, options, batches, last=last)
+    plan = plan.with_rounded(choice.rounded)
+    clock.lap("round")
+    with store.draft(name) as draft:
         places = _places(plan, draft.path)
         kept = _write_weights(plan, options, draft, places)
         for method, place in places.items():
@@ -183,9 +217,9 @@ def _export(
         if options.verify:
             draft.verify()
             clock.lap("verify")
-        manifest = merge_manifest(plan, options, training, kept, clock.seconds)
+        manifest = merge_manifest(plan, choice.method, training, kept, choice.report, clock.seconds)
         version = store.publish(draft, name, manifest)
-    _report(plan, version, kept, clock)
+    _report(plan, version, kept, clock, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
 
 
@@ -280,11 +314,11 @@ def _encode_on(
             container = containers[weight.key]
             if weight.replaced or container.dtype != weight.stored.dtype:
                 limit = torch.finfo(container.dtype).max
-                _check_finite(weight, weight.stored.decode(device), limit)
-            yield method, container.copy(weight.key, weight.stored, device), Retention()
+                _check_finite(weight, weight.decoded(device), limit)
+            yield method, container.copy(weight.key, weight.source, device), Retention()
         return
-    base = weight.stored.decode(device)
-    merged = _merge(weight, base)
+    base = weight.decoded(device)
+    merged = weight.merged(base)
     largest = min(torch.finfo(c[weight.key].dtype).max for c in plan.containers.values())
     _check_finite(weight, merged, largest)
     for method, containers in plan.containers.items():
@@ -293,14 +327,6 @@ def _encode_on(
         written = container.values(weight.key, tensors, merged.numel())
         triples = ((b, m, w) for (b, m), w in zip(runs(base, merged), written, strict=True))
         yield method, tensors, retention(triples)
-
-
-def _merge(weight: Weight, base: Tensor) -> Tensor:
-    """The base plus the changes of all active adapters, in float32."""
-    merged = base.to(torch.float32, copy=True)
-    for update in weight.updates:
-        update.add_to(merged, base)
-    return merged
 
 
 def _check_finite(weight: Weight, merged: Tensor, largest: float) -> None:
@@ -350,7 +376,11 @@ class _Clock:
 
 
 def _report(
-    plan: Plan, version: Version, kept: Mapping[str, Mapping[str, Retention]], clock: _Clock
+    plan: Plan,
+    version: Version,
+    kept: Mapping[str, Mapping[str, Retention]],
+    clock: _Clock,
+    rounding: str | None,
 ) -> None:
     values = {method: overall(tensors).value for method, tensors in kept.items()}
     told = ", ".join(f"{m} retention {v:.3f}" for m, v in values.items() if v is not None)
@@ -364,12 +394,18 @@ def _report(
         f"; {told}" if told else "",
     )
     lost = values.get("merged_4bit")
-    if lost is not None and lost < _LITTLE:
+    if rounding == "nearest" and lost is not None and lost < _LITTLE:
         logger.warning(
             "%s: rounding to 4 bits kept %.1f %% of what the adapter adds to the weights; the "
-            "model will behave almost like its base. save_method='merged_16bit' or 'lora' keeps it",
+            "model will behave almost like its base. rounding='auto' keeps far more of it",
             version.path,
             100 * lost,
+        )
+    if rounding == "stochastic":
+        logger.warning(
+            "%s: there was no data to calibrate with, so codes were chosen by chance: expect about "
+            "ten times the loss of rounding='calibrated', which wants calibration_data",
+            version.path,
         )
     if all(part.trained == 0 for tensors in kept.values() for part in tensors.values()) and kept:
         logger.warning("%s: the adapter changes nothing; was it trained?", version.path)

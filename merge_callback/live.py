@@ -31,21 +31,43 @@ class Weight:
 
     `linear`: it is the weight of a linear layer, which a 4-bit checkpoint may quantise. `conv1d`:
     its checkpoint is the transpose of what bitsandbytes holds. `replaced`: it was trained whole, as
-    modules_to_save and biases are.
+    modules_to_save and biases are. `original`: what the adapter is added to, if not to `stored`.
     """
 
     key: str
     stored: Stored
+    original: Stored | None = None
     updates: tuple[Update, ...] = ()
     linear: bool = False
     conv1d: bool = False
     replaced: bool = False
 
     @property
+    def on_a_grid(self) -> bool:
+        """Whether it is added to a 4-bit weight, whose scales hold it without any error."""
+        return self.original is None and isinstance(self.stored, Bnb4Weight)
+
+    @property
+    def source(self) -> Stored:
+        """What the adapter is added to."""
+        return self.original or self.stored
+
+    def decoded(self, device: torch.device | None = None) -> Tensor:
+        """What the adapter is added to, on its own device or another; never write to it."""
+        return self.source.decode(device or self.stored.device)
+
+    def merged(self, base: Tensor) -> Tensor:
+        """The decoded base plus the changes of all active adapters; a float32 tensor of its own."""
+        merged = base.to(torch.float32, copy=True)
+        for update in self.updates:
+            update.add_to(merged, base)
+        return merged
+
+    @property
     def trained(self) -> tuple[Tensor, ...]:
         """The trained tensors behind this weight."""
         if self.replaced:
-            return (self.stored.decode(self.stored.device),)
+            return (self.decoded(),)
         return tuple(tensor for update in self.updates for tensor in update.tensors())
 
 

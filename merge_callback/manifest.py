@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.retention import Retention
 from merge_callback.shards import host_bytes
@@ -35,9 +34,10 @@ class Training:
 
 def merge_manifest(
     plan: Plan,
-    options: MergeOptions,
+    rounding: str | None,
     training: Training,
     kept: Mapping[str, Mapping[str, Retention]],
+    calibration: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The manifest of a merged version, but for its files."""
@@ -47,10 +47,12 @@ def merge_manifest(
         "step": training.step,
         "best_step": training.best_step,
         "base": _base(plan),
+        "merged_into": "original" if plan.from_original else "live",
         "adapters": list(plan.adapters),
         "adapter_sha256": _adapter_hash(plan),
         "save_methods": list(plan.methods),
-        "rounding": options.rounding_method if "merged_4bit" in plan.methods else None,
+        "rounding": rounding,
+        "calibration": calibration,
         "maths_dtype": "float32",
         "retention": {
             method: {

@@ -10,12 +10,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from merge_callback.errors import MergeRefused
-from merge_callback.rounding import ROUNDINGS
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 SAVE_METHODS = ("merged_4bit", "merged_16bit", "lora")
+ROUNDINGS = ("auto", "nearest", "stochastic", "calibrated", "tuned")
+BASES = ("live", "original")
 _SYNONYMS = {"merged_4bit_forced": "merged_4bit", "forced_merged_4bit": "merged_4bit"}
 
 
@@ -26,8 +27,20 @@ class MergeOptions:
     Attributes:
         save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
             None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
-        rounding: how 4-bit codes are chosen: `"nearest"` (bitsandbytes' own), or `"auto"`, the best
-            that is at hand, which today is `"nearest"`.
+        rounding: how 4-bit codes are chosen.
+            `"nearest"`: bitsandbytes' own; on a 4-bit base it rounds the training away.
+            `"stochastic"`: up or down by chance, so that on average nothing is lost; needs no data.
+            `"calibrated"`: so that the outputs change least on `calibration_tokens` tokens of data.
+            `"tuned"`: calibrated, then block scales are distilled from the live model.
+            `"auto"`: with data `"tuned"`, on a trainer's saves before the end `"calibrated"`;
+            without data `"stochastic"` on a 4-bit base and `"nearest"` on others.
+        base: what the adapter is added to: `"live"`, the weights that it was trained and evaluated
+            on, or `"original"`, the 16-bit checkpoint that these were quantised from.
+        calibration_tokens: how many tokens to calibrate with.
+        calibration_memory: bytes for the streams of calibration, 8 a token and hidden dimension;
+            None: a quarter of what is free on the model's device. Fewer tokens are used if need be.
+        rounding_minutes: what calibrated and tuned rounding may take; the best reached by then is
+            kept. None: as long as they need.
         dtype: dtype of the 16-bit output, a torch.dtype or its name. None: the dtype of the base.
         quantization_config: settings of the 4-bit output when the base is not 4-bit itself. None:
             NF4 with double quantisation.
@@ -42,6 +55,10 @@ class MergeOptions:
 
     save_method: str | Sequence[str] | None = None
     rounding: str = "auto"
+    base: str = "live"
+    calibration_tokens: int = 65536
+    calibration_memory: int | None = None
+    rounding_minutes: float | None = None
     dtype: torch.dtype | str | None = None
     quantization_config: BitsAndBytesConfig | None = None
     max_shard_size: int | str = "5GB"
@@ -56,9 +73,17 @@ class MergeOptions:
             *self._shard_problems(),
             *self._quantization_problems(),
         ]
-        if self.rounding != "auto" and self.rounding not in ROUNDINGS:
-            known = ", ".join(repr(name) for name in ("auto", *ROUNDINGS))
-            problems.append(f"rounding={self.rounding!r} is not known; use one of {known}")
+        for option, value, known in (
+            ("rounding", self.rounding, ROUNDINGS),
+            ("base", self.base, BASES),
+        ):
+            if value not in known:
+                names = ", ".join(map(repr, known))
+                problems.append(f"{option}={value!r} is not known; use one of {names}")
+        for option in ("calibration_tokens", "calibration_memory", "rounding_minutes"):
+            value = getattr(self, option)
+            if value is not None and not value > 0:
+                problems.append(f"{option}={value} must be positive")
         if self.safe_serialization not in (None, True):
             problems.append(
                 "safe_serialization=False would pickle the weights, which can run code when they "
@@ -85,9 +110,14 @@ class MergeOptions:
         return self.dtype
 
     @property
-    def rounding_method(self) -> str:
-        """The rounding that is really used."""
-        return "nearest" if self.rounding == "auto" else self.rounding
+    def wants_data(self) -> bool:
+        """Whether the rounding that was asked for is better with data."""
+        return self.rounding in ("auto", "calibrated", "tuned")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the rounding that was asked for cannot do without data."""
+        return self.rounding in ("calibrated", "tuned")
 
     def _method_problems(self) -> list[str]:
         if self.save_method is None:

@@ -7,7 +7,7 @@ no tensor data but of 32-bit weights that may be 16-bit ones, up-cast.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from merge_callback.live import (
     weight_problems,
 )
 from merge_callback.options import MergeOptions
+from merge_callback.originals import find_originals
+from merge_callback.rounding.grid import Grid, Rounded
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,46 @@ class Plan:
         return any_4bit(self.weights.values())
 
     @property
+    def on_a_grid(self) -> bool:
+        """Whether some of what is rounded to 4 bits lies on a 4-bit grid but for its adapter."""
+        return any(weight.on_a_grid for weight in self.to_round().values())
+
+    @property
+    def from_original(self) -> bool:
+        return any(weight.original is not None for weight in self.weights.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weight files, the adapter's included."""
         specs = [spec for g in self.groups for named in g.specs.values() for spec in named.values()]
         adapter = sum(t.nbytes for w in self.weights.values() for t in w.trained)
         return sum(spec.nbytes for spec in specs) + ("lora" in self.methods) * adapter
+
+    def to_round(self) -> dict[str, Weight]:
+        """Linear layer -> its weight, for all that `merged_4bit` has to round."""
+        containers = self.containers.get("merged_4bit", {})
+        return {
+            key.removesuffix(".weight"): weight
+            for key, weight in self.weights.items()
+            if isinstance(containers.get(key), Bnb4) and (weight.updates or not weight.on_a_grid)
+        }
+
+    def grid(self, weight: Weight) -> Grid:
+        """The format that `merged_4bit` rounds a weight to."""
+        return self._bnb4(weight.key).grid
+
+    def with_rounded(self, rounded: Mapping[str, Rounded]) -> Plan:
+        """The same plan with 4-bit codes that have been chosen already, by weight."""
+        if not rounded:
+            return self
+        chosen = {key: replace(self._bnb4(key), rounded=codes) for key, codes in rounded.items()}
+        named = {**self.containers["merged_4bit"], **chosen}
+        return replace(self, containers={**self.containers, "merged_4bit": named})
+
+    def _bnb4(self, key: str) -> Bnb4:
+        container = self.containers["merged_4bit"][key]
+        assert isinstance(container, Bnb4)
+        return container
 
     def unquantised_linears(self, method: str) -> list[str]:
         """Names of the linear layers that `method` leaves in 16 bits."""
@@ -113,6 +150,8 @@ def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
         raise MergeRefused(problems)
 
     dtype = options.output_dtype or _base_dtype(base, weights.values())
+    if options.base == "original":
+        weights = _with_originals(base, weights)
     weights, tied, untied = _without_ties(base, weights)
     for key in base._keys_to_ignore_on_save or ():
         weights.pop(key, None)
@@ -147,6 +186,10 @@ def _method_problems(
             yield "quantization_config: the base is 4-bit already, and its own settings are kept"
         if "merged_4bit" not in methods:
             yield "quantization_config is only used by save_method='merged_4bit'"
+    if options.base == "original" and not any(
+        isinstance(weight.stored, Bnb4Weight | Bnb8Weight) for weight in weights
+    ):
+        yield "base='original': the base is not quantised; it is its own original"
     if "merged_4bit" in methods:
         for weight in weights:
             if weight.replaced and isinstance(weight.stored, Bnb4Weight | Bnb8Weight):
@@ -161,6 +204,16 @@ def _base_dtype(model: PreTrainedModel, weights: Iterable[Weight]) -> torch.dtyp
     if isinstance(dtype, torch.dtype):
         return dtype
     return next(w.stored.dtype for w in weights if w.stored.dtype.is_floating_point)
+
+
+def _with_originals(model: PreTrainedModel, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    quantised = {
+        key: (weight.stored, weight.conv1d)
+        for key, weight in weights.items()
+        if isinstance(weight.stored, Bnb4Weight | Bnb8Weight)
+    }
+    originals = find_originals(model, quantised)
+    return {key: replace(w, original=originals.get(key)) for key, w in weights.items()}
 
 
 def _without_ties(
@@ -199,7 +252,7 @@ def _containers(
     containers: dict[str, Container] = {k: _plain(w, dtype) for k, w in weights.items()}
     for key, weight in weights.items():
         if isinstance(weight.stored, Bnb4Weight):
-            containers[key] = Bnb4.like(weight.stored, options.rounding_method)
+            containers[key] = _same_format(weight.stored, options)
     if not any_4bit(weights.values()):
         new = _new_format(dtype, options)
         containers |= dict.fromkeys(_quantisable(model, weights, options), new)
@@ -218,15 +271,20 @@ def _plain(weight: Weight, dtype: torch.dtype, *, force: bool = False) -> Plain:
     return Plain(stored.dtype)
 
 
+def _same_format(stored: Bnb4Weight, options: MergeOptions) -> Bnb4:
+    if options.rounding == "nearest" or options.base == "original":
+        return Bnb4(grid=replace(stored.grid, offset=None), dtype=stored.dtype)
+    return Bnb4(grid=stored.grid, dtype=stored.dtype, base=stored)
+
+
 def _new_format(dtype: torch.dtype, options: MergeOptions) -> Bnb4:
     config: Any = options.quantization_config
-    return Bnb4(
+    grid = Grid(
         quant_type=getattr(config, "bnb_4bit_quant_type", "nf4"),
         blocksize=64,
         nested=getattr(config, "bnb_4bit_use_double_quant", True),
-        dtype=dtype,
-        rounding=options.rounding_method,
     )
+    return Bnb4(grid=grid, dtype=dtype)
 
 
 def _quantisable(

@@ -141,7 +141,7 @@ def test_the_best_model_is_exported_under_its_own_step(tmp_path):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             metrics["eval_loss"] = float(state.global_step)  # step 2 is the best
 
-    callback = Worse(merge_on_save=True, keep_last=1)
+    callback = Worse(merge_on_save=True, keep_last=1, rounding="nearest")
     run = trainer(
         tmp_path,
         callback,

@@ -4,16 +4,17 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from merge_callback.codecs import RUN
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.plain import Plain, PlainWeight
-from merge_callback.rounding import nearest
+from merge_callback.rounding.grid import RUN, Grid
+from merge_callback.rounding.nearest import nearest
 
 SHAPES = [(64, 128), (3, 70), (5, 13), (1, 1), (2, 31), (130, 64)]
 
 
 def container(quant_type="nf4", nested=True, blocksize=64, dtype=torch.bfloat16):
-    return Bnb4(quant_type=quant_type, nested=nested, blocksize=blocksize, dtype=dtype)
+    grid = Grid(quant_type=quant_type, nested=nested, blocksize=blocksize)
+    return Bnb4(grid=grid, dtype=dtype)
 
 
 def load(encoded, name="w"):
@@ -57,7 +58,7 @@ def test_values_are_what_a_loader_decodes(shape, nested):
 
 def test_large_weights_are_handled_in_runs_that_change_nothing():
     weight = torch.randn(3, RUN // 2 + 64)
-    packed, scales = nearest(weight, quant_type="nf4", blocksize=64)
+    packed, scales = nearest(weight, Grid(quant_type="nf4", blocksize=64, nested=True))
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4")
     assert torch.equal(packed, codes) and torch.equal(scales, state.absmax)
     codec = container(nested=False, dtype=torch.float32)

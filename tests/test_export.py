@@ -93,7 +93,12 @@ def test_4bit_export_has_the_codes_and_scales_of_bitsandbytes(tmp_path, kind, sh
     model = qlora(tmp_path, kind)
     methods = ["merged_4bit", "merged_16bit"]
     result = merge_adapter(
-        model, tmp_path / "out", save_method=methods, dtype="float32", max_shard_size=shard_size
+        model,
+        tmp_path / "out",
+        save_method=methods,
+        rounding="nearest",
+        dtype="float32",
+        max_shard_size=shard_size,
     )
 
     written = load_stock(result.path)
@@ -305,7 +310,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path):
 def test_blocks_that_cross_rows_survive(tmp_path):
     path = save_base(tmp_path / "base", intermediate_size=70)  # 70 % 64 != 0
     model = adapt(load_base(path, "nf4-nested"))
-    written = load_stock(merge_adapter(model, tmp_path / "out").path)
+    written = load_stock(merge_adapter(model, tmp_path / "out", rounding="nearest").path)
     name = "model.layers.1.mlp.down_proj.weight"
     codes, state = bnb.quantize_4bit(
         merged_weights(model)[name].float(), quant_type="nf4", compress_statistics=True
@@ -320,7 +325,7 @@ def test_storage_of_another_dtype_is_written_as_bytes(tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.bfloat16
     )
     model = adapt(AutoModelForCausalLM.from_pretrained(path, quantization_config=config))
-    result = merge_adapter(model, tmp_path / "out")
+    result = merge_adapter(model, tmp_path / "out", rounding="nearest")
     for tensor in load_weights(result.path).values():
         assert tensor.dtype in (torch.uint8, torch.float32, torch.bfloat16)
     written = load_stock(result.path)
@@ -336,7 +341,8 @@ def test_the_manifest_tells_what_was_done(tmp_path):
     assert stored == result.manifest
     assert stored["schema"] == 1 and stored["kind"] == "merged"
     assert stored["base"] == {"id": "base", "revision": None}
-    assert stored["save_methods"] == ["merged_4bit"] and stored["rounding"] == "nearest"
+    assert stored["save_methods"] == ["merged_4bit"] and stored["rounding"] == "stochastic"
+    assert stored["merged_into"] == "live" and stored["calibration"] is None
     assert stored["maths_dtype"] == "float32"
     assert len(stored["retention"]["merged_4bit"]["tensors"]) == 14
     assert len(stored["adapter_sha256"]) == 64
@@ -360,14 +366,17 @@ def test_a_base_made_in_memory_has_no_id(tmp_path):
 def test_a_small_update_that_rounding_swallows_is_never_silent(tmp_path, caplog):
     model = qlora(tmp_path, scale=1e-4)
     caplog.set_level(logging.INFO)
-    result = merge_adapter(model, tmp_path / "out", save_method=["merged_4bit", "merged_16bit"])
+    methods = ["merged_4bit", "merged_16bit"]
+    result = merge_adapter(model, tmp_path / "out", save_method=methods, rounding="nearest")
     kept = {m: r["overall"] for m, r in result.manifest["retention"].items()}
     assert kept["merged_4bit"] < 0.1
     assert "rounding to 4 bits kept" in caplog.text
     assert "merged_4bit retention" in caplog.text
     caplog.clear()
-    merge_adapter(qlora(tmp_path, scale=0.5), tmp_path / "out")
+    merge_adapter(qlora(tmp_path, scale=0.5), tmp_path / "out", rounding="nearest")
     assert "rounding to 4 bits kept" not in caplog.text
+    merge_adapter(model, tmp_path / "out")
+    assert "no data to calibrate with" in caplog.text
 
 
 def test_an_untrained_adapter_is_said_to_change_nothing(tmp_path, caplog):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from merge_callback.rounding.nearest import RUN
+from merge_callback.rounding.grid import RUN
 
 
 @dataclass(frozen=True)

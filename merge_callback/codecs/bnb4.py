@@ -1,10 +1,7 @@
 """bitsandbytes 4-bit weights, NF4 and FP4, with and without double quantisation.
 
-A weight of n values in row-major order is cut into blocks; block b has one float32 scale, and each
-value is `table[code] * scale_b`. With double quantisation the scales are stored as 8-bit codes:
-`scale = dynamic_map[code] * nested_scale + offset`, one nested scale to 256 scales. Sources:
-Dettmers et al. 2023, sections 3 and 4; the file format: bitsandbytes' `QuantState.as_dict`.
-Knows nothing of adapters, models or files.
+What values such a weight can take is in `rounding.grid`; here is how it lies in a file. Source:
+bitsandbytes' `QuantState.as_dict`. Knows nothing of adapters, models or files.
 """
 
 from __future__ import annotations
@@ -18,13 +15,14 @@ import torch
 from torch import Tensor
 
 from merge_callback.codecs import Stored, TensorSpec
-from merge_callback.rounding import ROUNDINGS
-from merge_callback.rounding.nearest import RUN
+from merge_callback.rounding.grid import NESTED_BLOCKSIZE, RUN, Grid, Rounded
+from merge_callback.rounding.nearest import nearest
+from merge_callback.rounding.stochastic import stochastic
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-_NESTED_BLOCKSIZE = 256  # what bitsandbytes always uses
+_ALL_BUT_TIES = 0.999
 _LONGEST_FLOAT = -1.1754943508222875e-38  # no float32 has a longer decimal
 
 
@@ -47,42 +45,63 @@ class Bnb4Weight:
     def device(self) -> torch.device:
         return self.packed.device
 
+    @property
+    def grid(self) -> Grid:
+        """Its format, with the offset of its scales."""
+        state = self.state
+        offset = float(state.offset) if state.nested else None
+        return Grid(
+            quant_type=state.quant_type,
+            blocksize=state.blocksize,
+            nested=state.nested,
+            offset=offset,
+        )
+
+    def scales(self, device: torch.device) -> Tensor:
+        """The scales that it is decoded with, float32, one a block."""
+        return _scales(_on(device, self.packed, self.state)[1])
+
+    def came_from(self, weight: Tensor) -> bool:
+        """Whether bitsandbytes makes these codes of `weight`, but for ties."""
+        packed = nearest(weight.float(), self.grid).packed
+        mine = self.packed.detach().view(torch.uint8).reshape(packed.shape)
+        return bool((packed == mine.to(packed.device)).float().mean() > _ALL_BUT_TIES)
+
     def decode(self, device: torch.device) -> Tensor:
-        return _dequantize(self.packed.detach(), self.state, device)
+        import bitsandbytes.functional as bnb
+
+        weight: Tensor = bnb.dequantize_4bit(*_on(device, self.packed.detach(), self.state))
+        return weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bnb4:
-    """The tensors that a stock bitsandbytes checkpoint has for a 4-bit weight, in uint8."""
+    """The tensors that a stock bitsandbytes checkpoint has for a 4-bit weight, in uint8.
 
-    quant_type: str
-    blocksize: int
-    nested: bool
+    Attributes:
+        grid: its format.
+        dtype: of what a loader decodes.
+        base: the weight on whose scales `encode` rounds by chance; None: it rounds to nearest.
+        rounded: what `encode` writes, whatever it is given; None: it rounds.
+    """
+
+    grid: Grid
     dtype: torch.dtype
-    rounding: str = "nearest"
-
-    @classmethod
-    def like(cls, stored: Bnb4Weight, rounding: str = "nearest") -> Bnb4:
-        """The container of a live weight: its own settings."""
-        state = stored.state
-        return cls(
-            quant_type=state.quant_type,
-            blocksize=state.blocksize,
-            nested=state.nested,
-            dtype=state.dtype,
-            rounding=rounding,
-        )
+    base: Bnb4Weight | None = None
+    rounded: Rounded | None = None
 
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         numel = prod(shape)
-        blocks = -(-numel // self.blocksize)
+        blocks = -(-numel // self.grid.blocksize)
         specs = {
             name: TensorSpec(((numel + 1) // 2, 1), torch.uint8),
             f"{name}.quant_map": TensorSpec((16,), torch.float32),
-            f"{name}.absmax": TensorSpec((blocks,), torch.uint8 if self.nested else torch.float32),
+            f"{name}.absmax": TensorSpec(
+                (blocks,), torch.uint8 if self.grid.nested else torch.float32
+            ),
         }
-        if self.nested:
-            nested_blocks = -(-blocks // _NESTED_BLOCKSIZE)
+        if self.grid.nested:
+            nested_blocks = -(-blocks // NESTED_BLOCKSIZE)
             specs[f"{name}.nested_absmax"] = TensorSpec((nested_blocks,), torch.float32)
             specs[f"{name}.nested_quant_map"] = TensorSpec((256,), torch.float32)
         # The offset's decimals are not known yet: room for the longest, and for 8-byte alignment.
@@ -92,9 +111,7 @@ class Bnb4:
         return specs
 
     def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        packed, scales = ROUNDINGS[self.rounding](
-            weight, quant_type=self.quant_type, blocksize=self.blocksize
-        )
+        packed, scales = self.rounded or self._round(weight)
         return self._tensors(name, packed, self._state(weight.shape, scales))
 
     def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
@@ -104,46 +121,34 @@ class Bnb4:
         return self._tensors(name, packed, stored.state)
 
     def values(self, name: str, encoded: Mapping[str, Tensor], numel: int) -> Iterator[Tensor]:
-        scales = _nested_scales(name, encoded) if self.nested else encoded[f"{name}.absmax"]
+        scales = _written_scales(name, encoded, nested=self.grid.nested)
         for start in range(0, numel, RUN):
             packed = encoded[name][start // 2 : (start + RUN) // 2]
-            run = self._decode_run(packed, scales[start // self.blocksize :])
-            yield run[: numel - start]
+            first, length = start // self.grid.blocksize, min(RUN, numel - start)
+            stored = scales[first : first + -(-length // self.grid.blocksize)]
+            yield self.grid.decode(packed, stored, length, torch.float32)
 
-    def _decode_run(self, packed: Tensor, scales: Tensor) -> Tensor:
-        import bitsandbytes.functional as bnb
-
-        numel = 2 * packed.numel()
-        state = bnb.QuantState(
-            absmax=scales[: -(-numel // self.blocksize)].contiguous(),
-            shape=torch.Size((numel,)),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
-            dtype=torch.float32,
-        )
-        run: Tensor = bnb.dequantize_4bit(packed, state)
-        return run.reshape(-1)
+    def _round(self, weight: Tensor) -> Rounded:
+        if self.base is None:
+            return nearest(weight, self.grid)
+        return stochastic(weight, self.grid, self.base.scales(weight.device))
 
     def _state(self, shape: torch.Size, scales: Tensor) -> QuantState:
-        import bitsandbytes.functional as bnb
-
         state: dict[str, Any] = {"absmax": scales}
-        if self.nested:
-            offset = scales.mean()
-            codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCKSIZE)
+        if self.grid.nested:
+            codes, nested, offset = self.grid.nest(scales)
             state = {"absmax": codes, "offset": offset, "state2": nested}
-        table = bnb.get_4bit_type(self.quant_type, device=scales.device)
-        return self._quant_state(shape, code=table, **state)
+        return self._quant_state(shape, code=self.grid.table(scales.device), **state)
 
     def _longest_state(self, shape: tuple[int, ...]) -> QuantState:
         import bitsandbytes.functional as bnb
 
         nothing = torch.empty(0)
         state: dict[str, Any] = {"absmax": nothing, "code": nothing}
-        if self.nested:
+        if self.grid.nested:
             state["offset"] = torch.tensor(_LONGEST_FLOAT)
             state["state2"] = bnb.QuantState(
-                absmax=nothing, code=nothing, blocksize=_NESTED_BLOCKSIZE, dtype=torch.float32
+                absmax=nothing, code=nothing, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
             )
         return self._quant_state(shape, **state)
 
@@ -152,14 +157,14 @@ class Bnb4:
 
         return bnb.QuantState(
             shape=torch.Size(shape),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
+            blocksize=self.grid.blocksize,
+            quant_type=self.grid.quant_type,
             dtype=self.dtype,
             **parts,
         )
 
     def _settings_name(self, name: str) -> str:
-        return f"{name}.quant_state.bitsandbytes__{self.quant_type}"
+        return f"{name}.quant_state.bitsandbytes__{self.grid.quant_type}"
 
     def _tensors(self, name: str, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
         settings = self._settings_name(name)
@@ -178,22 +183,30 @@ def _settings_text(state: QuantState) -> bytes:
     return bytes(text.cpu().numpy().tobytes())
 
 
-def _nested_scales(name: str, encoded: Mapping[str, Tensor]) -> Tensor:
-    """The float32 scales that a loader makes of the 8-bit ones."""
+def _written_scales(name: str, encoded: Mapping[str, Tensor], *, nested: bool) -> Tensor:
+    """The float32 scales that a loader makes of what was encoded."""
     import bitsandbytes.functional as bnb
 
+    if not nested:
+        return encoded[f"{name}.absmax"]
     prefix = f"{name}."
     parts = {k.removeprefix(prefix): v for k, v in encoded.items() if k.startswith(prefix)}
-    state = bnb.QuantState.from_dict(parts, device=encoded[name].device)
-    scales: Tensor = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return scales
+    return _scales(bnb.QuantState.from_dict(parts, device=encoded[name].device))
 
 
-def _dequantize(packed: Tensor, state: QuantState, device: torch.device) -> Tensor:
+def _scales(state: QuantState) -> Tensor:
     import bitsandbytes.functional as bnb
 
-    if packed.device != device:
-        parts = state.as_dict(packed=True)  # `state.to` would move the live one
-        packed, state = packed.to(device), bnb.QuantState.from_dict(parts, device=device)
-    weight: Tensor = bnb.dequantize_4bit(packed, state)
-    return weight
+    if not state.nested:
+        return torch.as_tensor(state.absmax).float()
+    scales: Tensor = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.float()
+
+
+def _on(device: torch.device, packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
+    """A weight on another device; `state.to` would move the live one."""
+    import bitsandbytes.functional as bnb
+
+    if packed.device == device:
+        return packed, state
+    return packed.to(device), bnb.QuantState.from_dict(state.as_dict(packed=True), device=device)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ALL_BUT_TIES = 0.999
+
 
 @dataclass(frozen=True)
 class Bnb8Weight:
@@ -27,6 +29,12 @@ class Bnb8Weight:
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    def came_from(self, weight: Tensor) -> bool:
+        """Whether bitsandbytes makes these codes of `weight`, but for ties."""
+        scales, mine = (t.detach().to(weight.device).float() for t in (self.scales, self.codes))
+        codes = (weight.float() * (127 / scales)[:, None]).round()
+        return bool((codes == mine).float().mean() > _ALL_BUT_TIES)
 
     def decode(self, device: torch.device) -> Tensor:
         import bitsandbytes.functional as bnb

@@ -1,7 +1,4 @@
-"""Ways to choose the scales and codes of a 4-bit weight. Know nothing of adapters or files."""
+"""Ways to choose the scales and codes of a 4-bit weight. Know nothing of adapters, models or files.
 
-from merge_callback.rounding.nearest import nearest
-
-ROUNDINGS = {"nearest": nearest}
-
-__all__ = ["ROUNDINGS", "nearest"]
+`nearest` and `unbiased` look at the weight alone; `calibrated` at the inputs that it meets too.
+"""

@@ -13,31 +13,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Values handled at once, a multiple of every blocksize: temporaries stay at a few MiB.
-RUN = 1 << 18
+from merge_callback.rounding.grid import RUN, Grid, Rounded
 
 
-def nearest(weight: Tensor, *, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+def nearest(weight: Tensor, grid: Grid) -> Rounded:
     """Quantise with bitsandbytes' own kernel, a run of blocks at a time.
 
     Args:
         weight: any shape, float32.
-        quant_type: `"nf4"` or `"fp4"`.
-        blocksize: values that share a scale; the last block may be shorter.
+        grid: the format; the scales do not depend on its offset.
 
     Returns:
-        The packed codes, uint8 of shape ((n + 1) // 2, 1), two to a byte, the first in the high
-        half; and the scales, float32 of shape (ceil(n / blocksize),). Both equal
-        `bitsandbytes.functional.quantize_4bit(weight)` bit for bit.
+        Codes and scales, both equal to those of `bitsandbytes.functional.quantize_4bit(weight)` bit
+        for bit. Streams: temporaries of a few MiB.
     """
     import bitsandbytes.functional as bnb
 
-    flat = weight.reshape(-1)
     packed, scales = [], []
-    for run in torch.split(flat, RUN):
+    for run in torch.split(weight.reshape(-1), RUN):
         codes, state = bnb.quantize_4bit(
-            run, blocksize=blocksize, quant_type=quant_type, compress_statistics=False
+            run, blocksize=grid.blocksize, quant_type=grid.quant_type, compress_statistics=False
         )
         packed.append(codes)
         scales.append(state.absmax)
-    return torch.cat(packed), torch.cat(scales)
+    return Rounded(torch.cat(packed), torch.cat(scales))

@@ -1,0 +1,421 @@
+"""Run the model block by block, and find out how its linear layers hang together.
+
+A block is a decoder layer, an encoder layer, or a linear layer that stands alone. One forward of
+the live model over all batches notes how each block is called; afterwards each can be run again
+with other weights and from another input. Knows nothing of rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from merge_callback.calibration.batches import Batch, model_inputs
+from merge_callback.calibration.stand_ins import (
+    SMALL,
+    Reached,
+    in_float32,
+    product,
+    stand_in,
+    standing_in,
+)
+from merge_callback.errors import MergeError
+
+_SHIFTED = 0.02  # relative error below which a sum has moved as its summand did
+_ALIKE = 0.1  # the same for a block that is run alone, in more bits than within the model
+
+Weights = Mapping[str, Tensor]  # name of a linear layer within its block -> (out, in)
+
+
+class Reader(NamedTuple):
+    """Where the outputs of a linear layer, times `factor`, are added to the stream.
+
+    `module` is the one within the block that reads the sum; "" stands for the block's own output.
+    """
+
+    module: str
+    factor: float
+
+
+class Group(NamedTuple):
+    """Linear layers that meet the same input, in the order of their calls.
+
+    `reader` is there when it is one layer, and its outputs are added to a stream.
+    """
+
+    names: tuple[str, ...]
+    reader: Reader | None
+
+
+class Call(NamedTuple):
+    """The arguments of a block for one batch, with `_INPUT` where its input goes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_INPUT = object()
+
+
+class Block:
+    """One block: how it is called, and how its linear layers hang together.
+
+    Args:
+        name: its name in the model.
+        module: the block itself.
+        linears: names within the block of the layers whose weights are given to `run`.
+
+    Attributes:
+        linears: the same, with their names in the model.
+        calls: one for each batch.
+        starts: its inputs, one for each batch, where they are no outputs of the block before.
+        output: what it gave for the first batch, within the live model.
+        returns_tensor: it gave that alone, no tuple.
+    """
+
+    def __init__(self, name: str, module: nn.Module, linears: Sequence[str]):
+        self.name = name
+        self.calls: list[Call] = []
+        self.starts: list[Tensor] = []
+        self.output: Tensor | None = None
+        self.returns_tensor = False
+        self.linears = {n: f"{name}.{n}" if n else name for n in linears}
+        self._module = module
+        self._stand_ins = {n: stand_in(module.get_submodule(n)) for n in linears}
+        self.dtype = stream_dtype(module, linears)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Ready to be run."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(standing_in(self._module, self._stand_ins))
+            if self.dtype == torch.float32:
+                stack.enter_context(in_float32(self._module))
+            yield
+
+    def run(self, batch: int, hidden: Tensor, weights: Weights) -> Tensor:
+        """The outputs for the inputs `hidden` of a batch."""
+        for name, weight in weights.items():
+            self._stand_ins[name].product = partial(product, weight=weight)
+        call = self.calls[batch]
+
+        def put(value: Any) -> Any:
+            if value is _INPUT:
+                return hidden.to(self.dtype)
+            if isinstance(value, tuple | list):
+                return type(value)(map(put, value))
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.to(self.dtype)
+            return value
+
+        kwargs = {name: put(value) for name, value in call.kwargs.items()}
+        output = self._module(*map(put, call.args), **kwargs)
+        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        return first
+
+    def meet(
+        self, batch: int, hidden: Tensor, weights: Weights, group: Group
+    ) -> tuple[Tensor, Tensor | None]:
+        """The inputs of a group and what its reader reads, if it has one; stops right there."""
+        met: list[Tensor] = []
+        reader = group.reader
+
+        def watch(inputs: Tensor) -> None:
+            met.append(inputs)
+            if reader is None:
+                raise Reached(inputs)
+
+        stand = self._stand_ins[group.names[0]]
+        stand.watch = watch
+        try:
+            if reader is None:
+                self._run_until(batch, hidden, weights)
+                read = None
+            elif reader.module:
+                with self._stopped_at(reader.module, met):
+                    read = self._run_until(batch, hidden, weights)
+            else:
+                read = self.run(batch, hidden, weights)
+        finally:
+            stand.watch = None
+        return met[0], read
+
+    def groups(self, hidden: Tensor, weights: Weights) -> list[Group]:
+        """Find the groups, in order, by running the first batch."""
+        order: list[tuple[str, Tensor]] = []
+        outputs: dict[str, Tensor] = {}
+        for name, stand in self._stand_ins.items():
+            stand.watch = lambda inputs, name=name: order.append((name, inputs))
+            stand.listen = partial(outputs.__setitem__, name)
+        reads = self._reads(hidden, weights)
+        for stand in self._stand_ins.values():
+            stand.watch = stand.listen = None
+        found: list[tuple[list[str], Tensor]] = []
+        for name, inputs in order:
+            if any(name in names for names, _ in found):
+                continue  # called again: what it met first counts
+            if found and found[-1][1] is inputs:
+                found[-1][0].append(name)
+            else:
+                found.append(([name], inputs))
+        groups = []
+        for names, _ in found:
+            reader = None
+            if len(names) == 1:
+                reader = self._reader(names[0], hidden, weights, reads, outputs[names[0]])
+            groups.append(Group(tuple(names), reader))
+        return groups
+
+    def _reader(
+        self,
+        name: str,
+        hidden: Tensor,
+        weights: Weights,
+        before: Mapping[str, Tensor],
+        outputs: Tensor,
+    ) -> Reader | None:
+        """Shift the outputs of a layer: whose input moves by just as much, or a multiple of it?
+
+        One that reads the outputs alone, added to nothing, as dropout does, is passed over.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shift = torch.randn(len(weights[name]), generator=generator).to(hidden.device)
+        stand = self._stand_ins[name]
+        stand.shift = shift
+        try:
+            after = self._reads(hidden, weights)
+        finally:
+            stand.shift = None
+        for module, read in after.items():
+            if module not in before or before[module].shape != read.shape:
+                continue
+            if read.shape[-1] != len(shift):
+                continue
+            moved = (read - before[module]).float()
+            factor = float((moved @ shift).mean() / (shift @ shift))
+            error = (moved - factor * shift).norm() / moved.norm()
+            if factor == 0 or not error < _SHIFTED:
+                continue
+            alone = (before[module] - factor * outputs).norm() < _SHIFTED * before[module].norm()
+            if not alone:
+                return Reader(module, factor)
+        return None
+
+    def _reads(self, hidden: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """The first input of each module in the block, in order of the calls, and the output."""
+        reads: dict[str, Tensor] = {}
+
+        def note(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                    reads.setdefault(name, args[0].clone())
+
+            return hook
+
+        linears = tuple(self._stand_ins)
+        with contextlib.ExitStack() as hooks:
+            for name, module in self._module.named_modules():
+                if name and not name.startswith(linears):
+                    handle = module.register_forward_pre_hook(note(name))
+                    hooks.callback(handle.remove)
+            reads[""] = self.run(0, hidden, weights)
+        return reads
+
+    def check(self, hidden: Tensor, weights: Weights) -> None:
+        """Compare with what the block gave within the live model.
+
+        Raises:
+            MergeError: it is not the same.
+        """
+        assert self.output is not None
+        alone = self.run(0, hidden, weights)
+        error = float((alone - self.output).float().norm() / self.output.float().norm())
+        if not error < _ALIKE:
+            raise MergeError(
+                f"{self.name}: run alone it differs from the live model by {error:.2g}, so it "
+                "cannot be calibrated; use rounding='stochastic'"
+            )
+
+    def _run_until(self, batch: int, hidden: Tensor, weights: Weights) -> Tensor:
+        try:
+            self.run(batch, hidden, weights)
+        except Reached as reached:
+            return reached.value
+        raise MergeError(f"{self.name}: not all batches take the same way through the model")
+
+    @contextlib.contextmanager
+    def _stopped_at(self, module: str, met: list[Tensor]) -> Iterator[None]:
+        """Stop where `module` reads after the group has met its inputs."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if met:
+                raise Reached(args[0])
+
+        handle = self._module.get_submodule(module).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def stream_dtype(module: nn.Module, apart: Iterable[str]) -> torch.dtype:
+    """What `module` can compute in: float32, unless a large 16-bit weight wants its own.
+
+    Weights of the layers `apart` do not count.
+    """
+    prefixes = tuple(f"{name}." if name else "" for name in apart)
+    for name, parameter in module.named_parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.numel() > SMALL:
+            if not name.startswith(prefixes):
+                return parameter.dtype
+    return torch.float32
+
+
+class _Recorders:
+    """Hooks that fill in the calls of blocks, and their order."""
+
+    def __init__(self, order: dict[str, Block]):
+        self._order = order
+        self._index = 0
+        self._last: Tensor | None = None  # output of the block that ran last
+
+    def next_batch(self) -> None:
+        self._index += 1
+        self._last = None
+
+    def before(self, block: Block) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if len(block.calls) == self._index:
+                return  # called again in the same forward: its first call counts
+            found: list[Tensor] = []
+
+            def cut(value: Any) -> Any:
+                if isinstance(value, Tensor) and value.is_floating_point() and not found:
+                    found.append(value)
+                    return _INPUT
+                return value
+
+            block.calls.append(Call(tuple(map(cut, args)), {k: cut(v) for k, v in kwargs.items()}))
+            self._order.setdefault(block.name, block)
+            if found[0] is not self._last:
+                block.starts.append(found[0])
+
+        return hook
+
+    def after(self, block: Block) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            self._last = output if isinstance(output, Tensor) else output[0]
+            if block.output is None:
+                block.output = self._last
+                block.returns_tensor = isinstance(output, Tensor)
+
+        return hook
+
+
+def find_blocks(model: PreTrainedModel, linears: Sequence[str]) -> list[Block]:
+    """The blocks that hold the layers of these names; not yet in order, nor with their calls.
+
+    Blocks beside them in the same list are there too, so that the stream goes on through them.
+    """
+    members: dict[str, list[str]] = {}
+    for linear in linears:
+        name = _block_of(model, linear)
+        parent, _, index = name.rpartition(".")
+        siblings: Any = model.get_submodule(parent)
+        if name != linear and index.isdigit():
+            for sibling in range(len(siblings)):
+                members.setdefault(f"{parent}.{sibling}", [])
+        members.setdefault(name, []).append(linear.removeprefix(name).removeprefix("."))
+    return [Block(name, model.get_submodule(name), names) for name, names in members.items()]
+
+
+def _block_of(model: nn.Module, linear: str) -> str:
+    """The outermost member of a list of modules that `linear` is in, else `linear` itself."""
+    parts = linear.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    return linear
+
+
+def record(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch]
+) -> list[Block]:
+    """Note how the live model calls its blocks; returns them in the order of their calls.
+
+    Blocks that no batch reaches are left out.
+    """
+    order: dict[str, Block] = {}
+    recorders = _Recorders(order)
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            module = model.get_submodule(block.name)
+            before = module.register_forward_pre_hook(recorders.before(block), with_kwargs=True)
+            after = module.register_forward_hook(recorders.after(block))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        for index, batch in enumerate(batches):
+            recorders.next_batch()
+            if index == 1 and _calls_are_shared(list(order.values())):
+                hooks.enter_context(standing_in(model, dict.fromkeys(order, _pass_on)))
+            final_input(model, batch)
+    for block in order.values():
+        if len(block.calls) != len(batches) or len(block.starts) not in (0, len(batches)):
+            raise MergeError(f"{block.name}: not all batches take the same way through the model")
+    return list(order.values())
+
+
+def _calls_are_shared(blocks: Sequence[Block]) -> bool:
+    """Whether what all blocks are called with is made before the first one runs.
+
+    It is when there is one chain of blocks and no tensor is made for one of them alone: then blocks
+    may be skipped to find out how they are called.
+    """
+    if len(blocks) < 2 or any(block.starts for block in blocks[1:]):
+        return False
+    users: dict[int, set[str]] = {}
+    for block in blocks:
+        (call,) = block.calls
+        pending = [*call.args, *call.kwargs.values()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, Tensor):
+                users.setdefault(id(value), set()).add(block.name)
+            elif isinstance(value, tuple | list):
+                pending += value
+            elif not (value is None or value is _INPUT or isinstance(value, bool | int | str)):
+                return False  # an object, as a cache is, that blocks may talk through
+    return all(len(names) > 1 for names in users.values()) and all(b.returns_tensor for b in blocks)
+
+
+def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
+    """A block that does nothing: its input, the first floating tensor that it is called with."""
+    values = [*args, *kwargs.values()]
+    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def final_input(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the model's output layer is given for a batch; (batch, length, hidden size)."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    inputs = model_inputs(model, batch)
+    if head is None:
+        output: Tensor = model(**inputs)[0]
+        return output
+
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise Reached(args[0])
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        model(**inputs)
+    except Reached as reached:
+        return reached.value
+    finally:
+        handle.remove()
+    raise MergeError("the model has an output layer that its forward does not use")

@@ -1,0 +1,144 @@
+"""Choose codes and scales with data, within the minutes and the memory that there are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from merge_callback.calibration.batches import Batch, input_device, take
+from merge_callback.calibration.distillation import distil
+from merge_callback.calibration.sequential import calibrate
+from merge_callback.calibration.stand_ins import evaluating, generators_kept
+from merge_callback.errors import MergeError
+from merge_callback.options import MergeOptions
+from merge_callback.plan import Plan
+from merge_callback.rounding.grid import Rounded
+
+logger = logging.getLogger(__name__)
+
+_HELD_BACK = 1 / 32  # of the tokens: they tell whether distillation helped
+_STREAM_BYTES = 8  # a token and a hidden dimension, in the live and in the merged model
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How `merged_4bit` rounds.
+
+    Attributes:
+        method: `"nearest"`, `"stochastic"`, `"calibrated"` or `"tuned"`; None: there is no 4-bit
+            output.
+        rounded: weight -> its codes and scales, for those that were chosen with data.
+        report: what the manifest says of the data and what it was good for.
+    """
+
+    method: str | None
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+    report: Mapping[str, Any] | None = None
+
+
+def choose(
+    plan: Plan, options: MergeOptions, batches: Iterable[Batch] | None, *, last: bool
+) -> Choice:
+    """Choose how to round, and the codes too where that takes data.
+
+    The model computes with other weights meanwhile, and is as it was afterwards; so is every
+    random generator. A method that `rounding="auto"` chose and that fails gives way to one that
+    needs no data.
+
+    Args:
+        batches: None: there is no data.
+        last: training is over, so that `rounding="auto"` may take its time.
+
+    Raises:
+        MergeError: the rounding that was asked for cannot be had.
+    """
+    if "merged_4bit" not in plan.methods:
+        return Choice(None)
+    without_data = "stochastic" if plan.on_a_grid else "nearest"
+    method = options.rounding
+    if method == "auto":
+        with_data = "tuned" if last else "calibrated"
+        method = with_data if batches is not None and plan.to_round() else without_data
+    if method == "stochastic":
+        method = without_data
+    if method not in ("calibrated", "tuned"):
+        return Choice(method)
+    try:
+        return _with_data(plan, options, method, batches or ())
+    except (MergeError, RuntimeError) as error:
+        if options.rounding != "auto":
+            raise
+        logger.warning(
+            "rounding with data failed (%s): merging with rounding=%r, which keeps less of what "
+            "was trained",
+            error,
+            without_data,
+        )
+    return Choice(without_data)
+
+
+def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable[Batch]) -> Choice:
+    minutes = options.rounding_minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    with generators_kept(), evaluating(plan.model):
+        taken = take(batches, _tokens(plan, options))
+        seen, held = _hold_back(taken) if method == "tuned" else (taken, [])
+        if not seen:
+            raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
+        done = calibrate(plan, seen, deadline=deadline, progress=options.progress)
+        report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
+        if done.left_out:
+            logger.warning(
+                "%d layers were rounded without data, since %s: %s",
+                len(done.left_out),
+                "time was up" if time.monotonic() > deadline else "no tokens reached them",
+                ", ".join(done.left_out),
+            )
+        if method == "calibrated" or time.monotonic() > deadline:
+            return Choice("calibrated", done.rounded, report)
+        try:
+            tuned = distil(
+                plan, done.rounded, seen, held, deadline=deadline, progress=options.progress
+            )
+        except RuntimeError as error:  # of memory, mostly: what was calibrated is good
+            logger.warning("distillation failed (%s): the calibrated weights are kept", error)
+            return Choice("calibrated", done.rounded, report)
+    report |= {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after}
+    return Choice("tuned", tuned.rounded, report)
+
+
+def _hold_back(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """The last of the batches are kept apart, at least one."""
+    count = max(1, round(len(batches) * _HELD_BACK))
+    return batches[:-count], batches[-count:]
+
+
+def _tokens(plan: Plan, options: MergeOptions) -> int:
+    """How many tokens to look at, as far as their streams fit into memory."""
+    config = plan.model.config.get_text_config()
+    memory = options.calibration_memory or _free_memory(plan) // 4
+    fitting = int(memory / (_STREAM_BYTES * config.hidden_size))
+    if fitting < options.calibration_tokens:
+        logger.warning(
+            "calibrating with %d tokens instead of %d: more do not fit into %.1f GB of "
+            "calibration_memory",
+            fitting,
+            options.calibration_tokens,
+            memory / 1e9,
+        )
+    return min(options.calibration_tokens, fitting)
+
+
+def _free_memory(plan: Plan) -> int:
+    """Bytes that are free where the model is."""
+    device = input_device(plan.model)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

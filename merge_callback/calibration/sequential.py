@@ -1,0 +1,212 @@
+"""Round a model layer by layer, each making good what was lost in those before.
+
+With x the inputs of a layer in the model as rounded so far, x_l those in the live model, and V the
+live model's weight, the weight to be rounded is not V but the one that gives the live outputs best:
+
+    W* = argmin E |V x_l - W* x|^2 + c |W* - V|^2 = V + V C (H + c I)^-1,
+    H = E[x x^T],  C = E[(x_l - x) x^T]
+
+A layer whose outputs are added to a stream s can make good the whole error of the stream. With
+r = s + V x what is read of it behind the layer, and r_l the same in the live model:
+
+    W* = V + D (H + c I)^-1,  D = E[(r_l - r) x^T]
+
+There tokens are weighted by 1 / |r_l|^2, since the norm that follows divides by |r_l|.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from merge_callback.calibration.batches import Batch, token_mask, tokens_in
+from merge_callback.calibration.blocks import Block, Group, find_blocks, record
+from merge_callback.calibration.stand_ins import computing_dtype, evaluating
+from merge_callback.codecs.bnb4 import Bnb4Weight
+from merge_callback.errors import MergeError
+from merge_callback.live import Weight
+from merge_callback.plan import Plan
+from merge_callback.rounding.calibrated import Rows, calibrated, solve
+from merge_callback.rounding.grid import Grid, Rounded
+from merge_callback.rounding.nearest import nearest
+
+_CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal
+
+
+@dataclass
+class Calibration:
+    """What came of it.
+
+    Attributes:
+        rounded: weight -> its codes and scales.
+        left_out: layers that could not be calibrated: no tokens reached them, or time was up.
+        tokens: how many were looked at.
+        error: relative error of the stream behind the last block, |live - merged| / |live|; None:
+            no block was run.
+    """
+
+    rounded: dict[str, Rounded] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    tokens: int = 0
+    error: float | None = None
+
+
+@torch.no_grad()
+def calibrate(
+    plan: Plan, batches: Sequence[Batch], *, deadline: float = math.inf, progress: bool = False
+) -> Calibration:
+    """Round all 4-bit weights of a plan.
+
+    One block of the model is held in 16 bits at a time, and the streams of both models in float32:
+    8 bytes times the tokens times the hidden size.
+
+    Args:
+        batches: what to calibrate with.
+        deadline: of `time.monotonic`; blocks that are not begun by then are left out.
+
+    Raises:
+        MergeError: the model cannot be run block by block, or gives values that are not finite.
+    """
+    done = Calibration(tokens=sum(map(tokens_in, batches)))
+    weights = plan.to_round()
+    with evaluating(plan.model):
+        blocks = record(plan.model, find_blocks(plan.model, list(weights)), batches)
+        reached = {name for block in blocks for name in block.linears.values()}
+        done.left_out += [name for name in weights if name not in reached]
+        walk = _Walk(plan, batches, done)
+        for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
+            if time.monotonic() > deadline:
+                done.left_out += block.linears.values()
+            else:
+                walk.through(block, {n: weights[full] for n, full in block.linears.items()})
+        done.error = walk.error()
+    return done
+
+
+class _Walk:
+    """The way through the model: what has been rounded, and the two streams so far."""
+
+    def __init__(self, plan: Plan, batches: Sequence[Batch], done: Calibration):
+        self._plan = plan
+        self._masks = [token_mask(batch) for batch in batches]
+        self._done = done
+        self._live: list[Tensor] = []  # inputs of the next block, batch by batch
+        self._merged: list[Tensor] = []
+
+    def through(self, block: Block, weights: Mapping[str, Weight]) -> None:
+        """Round the layers of a block, and go on to the next."""
+        if block.starts:
+            self._live = [start.float() for start in block.starts]
+            self._merged = list(self._live)
+            block.starts.clear()
+        wanted = {name: weight.merged(weight.decoded()) for name, weight in weights.items()}
+        live = {name: weight.to(computing_dtype(weight.device)) for name, weight in wanted.items()}
+        merged = dict(live)
+        with block.opened():
+            block.check(self._live[0], live)
+            groups = block.groups(self._live[0], live) if weights else []
+            for group in groups:
+                for name, rounded in self._round(block, group, weights, wanted, live, merged):
+                    self._done.rounded[weights[name].key] = rounded
+                    merged[name] = self._decode(weights[name], rounded)
+            met = {name for group in groups for name in group.names}
+            self._done.left_out += [full for n, full in block.linears.items() if n not in met]
+            self._live = [block.run(i, h, live) for i, h in enumerate(self._live)]
+            self._merged = [block.run(i, h, merged) for i, h in enumerate(self._merged)]
+
+    def error(self) -> float | None:
+        """How far the streams are apart."""
+        if not self._live:
+            return None
+        apart = sum(
+            float((a - b).pow(2).sum()) for a, b in zip(self._live, self._merged, strict=True)
+        )
+        return math.sqrt(apart / sum(float(a.pow(2).sum()) for a in self._live))
+
+    def _round(
+        self,
+        block: Block,
+        group: Group,
+        weights: Mapping[str, Weight],
+        wanted: Mapping[str, Tensor],
+        live: Mapping[str, Tensor],
+        merged: Mapping[str, Tensor],
+    ) -> Iterator[tuple[str, Rounded]]:
+        """Round the layers of a group."""
+        moments = _Moments()
+        for i, mask in enumerate(self._masks):
+            there = block.meet(i, self._live[i], live, group)
+            here = block.meet(i, self._merged[i], merged, group)
+            if here is not None:
+                moments.add(group, mask, there, here)
+        if not moments.tokens:
+            return
+        target = torch.cat([wanted[name] for name in group.names])
+        try:
+            correction = solve(moments.inputs, moments.correction(target), _CORRECTION_DAMPING)
+            parts = torch.split(target + correction, [len(wanted[n]) for n in group.names])
+            rows = [
+                Rows(part, *self._start(weights[name], wanted[name]))
+                for name, part in zip(group.names, parts, strict=True)
+            ]
+            yield from zip(group.names, calibrated(rows, moments.inputs), strict=True)
+        except FloatingPointError as error:
+            raise MergeError(
+                f"{weights[group.names[0]].key}: {error}; did training diverge?"
+            ) from error
+
+    def _start(self, weight: Weight, wanted: Tensor) -> tuple[Grid, Tensor]:
+        """The grid to begin with: the base's own, or that of nearest rounding."""
+        grid = self._plan.grid(weight)
+        if weight.on_a_grid and isinstance(weight.stored, Bnb4Weight):
+            return grid, weight.stored.scales(wanted.device)
+        return grid, grid.stored(nearest(wanted, grid).scales)
+
+    def _decode(self, weight: Weight, rounded: Rounded) -> Tensor:
+        grid, shape = self._plan.grid(weight), weight.stored.shape
+        stored = grid.stored(rounded.scales)
+        flat = grid.decode(rounded.packed, stored, math.prod(shape), torch.float32)
+        return flat.view(shape).to(computing_dtype(flat.device))
+
+
+class _Moments:
+    """Sums over tokens for one group of layers; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.inputs: Any = 0  # H, (in, in)
+        self._inner: Any = 0  # C, (in, in)
+        self._outer: Any = 0  # D, (out, in)
+
+    def add(self, group: Group, mask: Tensor | None, there: Any, here: Any) -> None:
+        """Add a batch: what `Block.meet` found in the live and in the merged model."""
+        x = _rows(here[0], mask)
+        self.tokens += len(x)
+        if group.reader is not None:
+            read_live, read = (_rows(r[1], mask) for r in (there, here))
+            scale = read_live.pow(2).mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
+            x = x * scale
+            self._outer = self._outer + ((read_live - read) * scale / group.reader.factor).t() @ x
+        elif there is not None and there[0].shape == here[0].shape:
+            self._inner = self._inner + (_rows(there[0], mask) - x).t() @ x
+        self.inputs = self.inputs + x.t() @ x
+
+    def correction(self, weight: Tensor) -> Tensor:
+        """E[e x^T] with e what the outputs lack; (out, in)."""
+        found: Tensor = torch.zeros_like(weight) + self._outer
+        return found + weight @ self._inner if isinstance(self._inner, Tensor) else found
+
+
+def _rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens that are no padding, (tokens, width) float32."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).float()
+    if mask is None or mask.numel() != len(flat):
+        return flat
+    return flat[mask.flatten().to(flat.device)]

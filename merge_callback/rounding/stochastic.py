@@ -1,0 +1,46 @@
+"""Round up or down by chance, so that on average nothing is lost. Knows nothing of adapters.
+
+On the grid that a base lies on, rounding to nearest undoes any change smaller than half a gap, in
+the same direction everywhere. Here a value between two neighbours a < w < b becomes b with the
+probability (w - a) / (b - a): its mean is w, and its variance (w - a)(b - w), for a small change d
+at a grid value about |d| gap, is less than that of nearest rounding on any fresh grid, gap^2 / 12.
+Source: Gupta et al. 2015, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_callback.rounding.grid import RUN, Codes, Grid, Rounded
+
+
+def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
+    """Round each value to one of its two neighbours on a given grid.
+
+    Args:
+        weight: any shape, float32.
+        grid: the format.
+        scales: float32, one a block, as a loader would have them.
+
+    Returns:
+        Codes for the scales that double quantisation makes of `scales`. The same for the same
+        input, whatever the state of torch's generators. Streams: temporaries of a few MiB.
+    """
+    codes = Codes(grid, weight.device)
+    stored = grid.stored(scales)
+    # A seed of its own for each weight: with one for all, their errors would add up.
+    seed = int(scales.view(torch.int32).sum(dtype=torch.int64)) & 0xFFFFFFFF
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    packed = []
+    for start, run in enumerate(torch.split(weight.reshape(-1), RUN)):
+        first = start * RUN // grid.blocksize
+        spread = grid.spread(stored[first : first + -(-len(run) // grid.blocksize)], run.shape)
+        # A block of scale 0 holds zeros alone.
+        ratios = torch.where(spread != 0, run / spread, torch.zeros_like(run)).clamp(-1, 1)
+        above = torch.searchsorted(codes.values, ratios).clamp(1, 15)
+        low, high = codes.values[above - 1], codes.values[above]
+        chance = (ratios - low) / (high - low).clamp(min=1e-12)
+        up = torch.rand(run.shape, generator=generator, device=run.device) < chance
+        packed.append(codes.pack(torch.where(up, above, above - 1)))
+    return Rounded(torch.cat(packed), scales)
