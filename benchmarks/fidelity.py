@@ -116,7 +116,7 @@ def train(base, kind, rows, output, steps):
 def hidden_states(model, rows):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     parts = [base.model(input_ids=part, use_cache=False)[0] for part in rows.split(8)]
-    return torch.cat(parts)
+    return torch.cat(parts).float()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -119,6 +120,16 @@ def ask_live(trainer, questions):
     return rows
 
 
+def ask_peft_merge(trainer, questions):
+    """What is left when PEFT merges into the 4-bit base. In place: the live model is gone after."""
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "may get different generations due to rounding errors"
+        merged = trainer.model.merge_and_unload()
+    row = ask(merged.eval(), trainer.processing_class, questions)
+    return row | {"seconds": time.monotonic() - start}
+
+
 def ask_elsewhere(directory, questions):
     """What an exported directory says, in a new process that knows transformers alone."""
     script = Path(__file__).with_name("ask.py")
@@ -154,7 +165,7 @@ def main():
     base = OUTPUT / "base"
     if not (base / "config.json").exists():
         save_base(base)
-    callback = MergeOnSaveCallback(save_method=["merged_4bit", "merged_16bit"])
+    callback = MergeOnSaveCallback(save_method=["merged_4bit", "merged_16bit"], rounding="tuned")
     trainer = train(base, callback)
     (result,) = callback.results
     questions = [{"question": q, "answer": a} for q, a in FACTS]
@@ -163,6 +174,7 @@ def main():
     for method, directory in result.paths.items():
         name = f"{method} ({rounding})" if method == "merged_4bit" else method
         rows[name] = ask_elsewhere(directory, questions)
+    rows["PEFT merge, 4-bit"] = ask_peft_merge(trainer, questions)
     print_table(rows, questions)
     print(f"\nThe merged models are in {os.path.relpath(result.path.parent)}")
 

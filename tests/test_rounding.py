@@ -107,7 +107,7 @@ def test_rounding_by_chance_goes_to_a_neighbour_and_loses_nothing_on_average(gri
     kept = (got - weight)[within].mean() / 0.01
     by_nearest = decoded(nearest(wanted, grid), grid, shape)
     assert abs(kept - 1) < 0.1
-    assert abs((by_nearest - weight)[within].mean() / 0.01) < 0.1
+    assert abs((by_nearest - weight)[within].mean() / 0.01) < 0.2
 
 
 def test_rounding_by_chance_is_the_same_each_time_and_leaves_the_generator_alone():
@@ -126,7 +126,7 @@ def test_rounding_by_chance_is_the_same_each_time_and_leaves_the_generator_alone
 def test_a_weight_that_needs_no_rounding_stays_as_it_is(grid, shape, rank):
     weight, own, stored = base(grid, shape)
     h = torch.zeros(shape[1], shape[1]) if rank == 0 else moment(shape[1], rank=rank)
-    (rounded,) = calibrated([Rows(weight, own, stored)], h)
+    (rounded,) = calibrated([Rows(weight, own, stored)], h, 4096)
     assert torch.allclose(decoded(rounded, own, shape), weight, rtol=1e-4, atol=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_outputs_change_far_less_than_by_rounding_to_nearest(grid, blocksize):
     shape = (48, 192)
     weight, own, stored = base(grid, shape)
     wanted, h = weight + 0.01 * normal(48, 4, seed=5) @ normal(4, 192, seed=6), moment(192)
-    got = decoded(calibrated([Rows(wanted, own, stored)], h)[0], own, shape)
+    got = decoded(calibrated([Rows(wanted, own, stored)], h, 4096)[0], own, shape)
     naive = decoded(nearest(wanted, grid), grid, shape)
     assert error(got, wanted, h) < 0.35 * error(naive, wanted, h)
 
@@ -148,7 +148,7 @@ def test_inputs_that_are_always_zero_do_no_harm():
     h = moment(128)
     h[::3] = h[:, ::3] = 0
     wanted = weight + 0.05 * normal(16, 128, seed=5)
-    got = decoded(calibrated([Rows(wanted, own, stored)], h)[0], own, (16, 128))
+    got = decoded(calibrated([Rows(wanted, own, stored)], h, 4096)[0], own, (16, 128))
     assert got.isfinite().all()
     assert error(got, wanted, h) < 0.5 * error(weight, wanted, h)
 
@@ -159,7 +159,7 @@ def test_a_moment_that_is_not_finite_is_an_error(bad):
     h = moment(64)
     h[3, 3] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
-        calibrated([Rows(weight, own, stored)], h)
+        calibrated([Rows(weight, own, stored)], h, 4096)
 
 
 def test_weights_with_the_same_inputs_are_rounded_as_each_alone():
@@ -169,12 +169,12 @@ def test_weights_with_the_same_inputs_are_rounded_as_each_alone():
     for seed, out in ((1, 32), (2, 16)):
         weight, own, stored = base(grid, (out, 128), seed)
         rows.append(Rows(weight + 0.02 * normal(out, 128, seed=9), own, stored))
-    together = calibrated(rows, h)
+    together = calibrated(rows, h, 4096)
     for part, row in zip(together, rows, strict=True):
-        (alone,) = calibrated([row], h)
+        (alone,) = calibrated([row], h, 4096)
         assert part.packed.shape == alone.packed.shape
         assert (part.packed == alone.packed).float().mean() > 0.98  # sums in another order
-        again = calibrated([row], h)[0]
+        again = calibrated([row], h, 4096)[0]
         assert torch.equal(alone.packed, again.packed) and torch.equal(alone.scales, again.scales)
 
 
@@ -223,7 +223,7 @@ def test_refitted_scales_are_those_of_least_squares(monkeypatch):
 def test_scales_of_blocks_that_cross_rows_are_kept():
     grid = Grid(quant_type="nf4", blocksize=64, nested=False)
     weight, own, stored = base(grid, (10, 70))
-    (rounded,) = calibrated([Rows(weight + 0.02, own, stored)], moment(70))
+    (rounded,) = calibrated([Rows(weight + 0.02, own, stored)], moment(70), 4096)
     assert torch.equal(rounded.scales, stored)
 
 

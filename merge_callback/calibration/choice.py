@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from merge_callback.calibration.batches import Batch, input_device, take
+from merge_callback.calibration.batches import Batch, input_device, split_batch, take
 from merge_callback.calibration.distillation import distil
 from merge_callback.calibration.sequential import calibrate
 from merge_callback.calibration.stand_ins import evaluating, generators_kept
@@ -115,7 +115,11 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
 
 
 def _hold_back(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """The last of the batches are kept apart, at least one."""
+    """Batches to learn from and, apart from them where there is more than one, to judge by."""
+    if len(batches) == 1:
+        batches = split_batch(batches[0], 1)
+    if len(batches) == 1:
+        return batches, batches
     count = max(1, round(len(batches) * _HELD_BACK))
     return batches[:-count], batches[-count:]
 

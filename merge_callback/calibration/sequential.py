@@ -37,7 +37,8 @@ from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import Grid, Rounded
 from merge_callback.rounding.nearest import nearest
 
-_CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal
+_CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal, and at least
+_CORRECTION_DAMPING_OF_FEW = 0.3  # times the inputs to a token
 
 
 @dataclass
@@ -64,8 +65,9 @@ def calibrate(
 ) -> Calibration:
     """Round all 4-bit weights of a plan.
 
-    One block of the model is held in 16 bits at a time, and the streams of both models in float32:
-    8 bytes times the tokens times the hidden size.
+    Holds what is chosen, one more 4-bit copy of the model; one block at a time in float32 and twice
+    in 16 bits; the streams of both models in float32, 8 bytes times tokens times hidden size; and
+    what `rounding.calibrated` needs for the layers of one group.
 
     Args:
         batches: what to calibrate with.
@@ -144,19 +146,20 @@ class _Walk:
         for i, mask in enumerate(self._masks):
             there = block.meet(i, self._live[i], live, group)
             here = block.meet(i, self._merged[i], merged, group)
-            if here is not None:
-                moments.add(group, mask, there, here)
-        if not moments.tokens:
-            return
+            moments.add(group, mask, there, here)
         target = torch.cat([wanted[name] for name in group.names])
         try:
-            correction = solve(moments.inputs, moments.correction(target), _CORRECTION_DAMPING)
+            few = len(moments.inputs) / moments.tokens
+            damping = max(_CORRECTION_DAMPING, _CORRECTION_DAMPING_OF_FEW * few)
+            correction = solve(moments.inputs, moments.correction(target), damping)
             parts = torch.split(target + correction, [len(wanted[n]) for n in group.names])
             rows = [
                 Rows(part, *self._start(weights[name], wanted[name]))
                 for name, part in zip(group.names, parts, strict=True)
             ]
-            yield from zip(group.names, calibrated(rows, moments.inputs), strict=True)
+            yield from zip(
+                group.names, calibrated(rows, moments.inputs, moments.tokens), strict=True
+            )
         except FloatingPointError as error:
             raise MergeError(
                 f"{weights[group.names[0]].key}: {error}; did training diverge?"
@@ -194,7 +197,7 @@ class _Moments:
             scale = read_live.pow(2).mean(1, keepdim=True).clamp(min=1e-12).rsqrt()
             x = x * scale
             self._outer = self._outer + ((read_live - read) * scale / group.reader.factor).t() @ x
-        elif there is not None and there[0].shape == here[0].shape:
+        elif there[0].shape == here[0].shape:  # not where routing differs
             self._inner = self._inner + (_rows(there[0], mask) - x).t() @ x
         self.inputs = self.inputs + x.t() @ x
 

@@ -34,7 +34,8 @@ _COLUMNS = 64  # rounded before their errors reach the columns behind
 _ROUNDS = 4  # of scales, then codes
 _SWEEPS = 2  # over all codes, in each round
 _RIDGE = 1e-3  # of the scales, towards the old ones
-_DAMPING = 3e-3  # of H, in units of its mean diagonal
+_DAMPING = 3e-3  # of H, in units of its mean diagonal, and at least
+_DAMPING_OF_FEW = 0.05  # times the inputs to a token: few tokens say nothing of most directions
 _REFIT_VALUES = 1 << 24  # of the matrices A at once
 
 
@@ -52,16 +53,17 @@ class Rows(NamedTuple):
     scales: Tensor
 
 
-def calibrated(weights: Sequence[Rows], moment: Tensor) -> list[Rounded]:
+def calibrated(weights: Sequence[Rows], moment: Tensor, tokens: int) -> list[Rounded]:
     """Round weights that meet the same inputs.
 
     Args:
         weights: of one `quant_type`.
         moment: H, (in, in) float32, symmetric.
+        tokens: how many inputs it was taken over.
 
     Returns:
         For each weight its codes and scales. Deterministic. Time grows with out * in^2; memory is
-        about six float32 copies of the weights, and three of the moment in float64.
+        about ten float32 copies of a square weight, its moment's included (rounding_cost.py).
 
     Raises:
         FloatingPointError: a weight or the moment is not finite.
@@ -70,7 +72,7 @@ def calibrated(weights: Sequence[Rows], moment: Tensor) -> list[Rounded]:
     scales = [rows.scales for rows in weights]
     codes = Codes(weights[0].grid, wanted.device)
     order = moment.diagonal().argsort(descending=True)
-    moment, _ = _decompose(moment, _DAMPING)
+    moment, _ = _decompose(moment, max(_DAMPING, _DAMPING_OF_FEW * len(moment) / tokens))
     factor = _inverse_factor(moment, order)
     places = _feed_back(wanted, factor, order, _spread(weights, scales), codes)
     for _ in range(_ROUNDS):
