@@ -35,6 +35,7 @@ _ROUNDS = 4  # of scales, then codes
 _SWEEPS = 2  # over all codes, in each round
 _RIDGE = 1e-3  # of the scales, towards the old ones
 _DAMPING = 3e-3  # of H, in units of its mean diagonal, and at least
+_LARGEST_DAMPING = 1e6
 _DAMPING_OF_FEW = 0.05  # times the inputs to a token: few tokens say nothing of most directions
 _REFIT_VALUES = 1 << 24  # of the matrices A at once
 
@@ -109,13 +110,15 @@ def _decompose(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The damped moment, float32, and its lower Cholesky factor, float64."""
     if not moment.isfinite().all():
         raise FloatingPointError("the second moment of the inputs is not finite")
-    mean = float(moment.diagonal().mean()) or 1.0  # all inputs are 0: the weight alone decides
+    mean = float(moment.diagonal().abs().mean()) or 1.0  # 0: the weight alone decides
     while True:
         damped = moment.double()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return damped.float(), lower
+        if damping > _LARGEST_DAMPING:
+            raise FloatingPointError("the second moment of the inputs is no second moment")
         damping *= 10
         logger.info("damping raised to %g: the inputs span too few directions", damping)
 
