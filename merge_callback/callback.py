@@ -156,6 +156,8 @@ class MergeOnSaveCallback(TrainerCallback):
         self._merged = None
         saves = self._saves_to_come(args, state)
         plan = check_merge(model, self._store(args), self._options, saves=saves)
+        if self._data is not None:  # of a training that was cut off
+            self._data.close()
         if plan.to_round() and self._options.wants_data:
             self._data = TrainingData(
                 plan.model,

@@ -16,18 +16,26 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     T5Config,
 )
 
 from merge_callback import MergeError, MergeRefused, merge_adapter
 from merge_callback.calibration import choice, distillation, sequential
 from merge_callback.calibration.batches import TrainingData, loss_mask, split_batch, take
-from merge_callback.calibration.blocks import Group, Reader, find_blocks, record
+from merge_callback.calibration.recording import find_blocks, record
 from merge_callback.calibration.stand_ins import StandIn, evaluating, in_float32, standing_in
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
 from merge_callback.plan import make_plan
 
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 304,
+}
 SWALLOWED = 1e-4  # the size of an adapter that rounding to nearest loses
 
 
@@ -133,6 +141,14 @@ def test_the_model_and_all_generators_are_as_they_were(tmp_path, rounding, check
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_is_trained_whole_gets_no_gradient(tmp_path):
+    model = qlora(tmp_path, tied=False, modules_to_save=["embed_tokens"])
+    embedding = model.get_base_model().model.embed_tokens.modules_to_save["default"].weight
+    assert embedding.requires_grad
+    result = merge_adapter(model, tmp_path / "out", rounding="tuned", calibration_data=batches())
+    assert result.manifest["rounding"] == "tuned" and embedding.grad is None
+
+
 def test_the_same_data_gives_the_same_bytes(tmp_path, model):
     paths = [
         merge_adapter(model, tmp_path / "out", rounding="tuned", calibration_data=batches()).path
@@ -213,15 +229,7 @@ def test_layers_are_grouped_by_their_inputs_and_writers_of_the_stream_found(mode
 
 
 def test_what_passes_through_a_norm_is_no_writer(tmp_path):
-    config = Gemma2Config(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=304,
-    )
+    config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=32)
     model = quantised(tmp_path, AutoModelForCausalLM.from_config(config))
     _, groups = groups_of(model, batches(2))
     assert [group.reader for group in groups] == [None] * 4
@@ -239,13 +247,7 @@ def quantised(tmp_path, model, auto=AutoModelForCausalLM, **settings):
 
 def test_conv1d_and_parallel_blocks_find_their_way(tmp_path, caplog):
     gpt2 = GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=304, n_positions=64)
-    neox = GPTNeoXConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=304,
-    )
+    neox = GPTNeoXConfig(**SMALL)
     for config, writers in ((gpt2, 2), (neox, 2)):
         model = quantised(tmp_path, AutoModelForCausalLM.from_config(config))
         _, groups = groups_of(model, batches(2))
@@ -263,14 +265,23 @@ def test_an_encoder_and_its_decoder_are_two_chains(tmp_path):
     data = [{**b, "decoder_input_ids": b["input_ids"]} for b in batches(4)]
     blocks, _ = groups_of(model, data)
     assert [bool(block.starts) for block in blocks] == [True, False, True, False]
-    result = merge_adapter(model, tmp_path / "out", rounding="calibrated", calibration_data=data)
-    assert result.manifest["calibration"]["left_out"] == []
+    for given in (data, [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in data]):
+        result = merge_adapter(model, tmp_path / "out", rounding="tuned", calibration_data=given)
+        assert result.manifest["rounding"] == "tuned"
+        assert result.manifest["calibration"]["left_out"] == []
 
 
-def test_a_shifted_multiple_is_read_as_such(model):
-    group = Group(("mlp.down_proj",), Reader("", 1.0))
-    _, groups = groups_of(model, batches(1))
-    assert groups[-1].names == group.names and groups[-1].reader.module == ""
+def test_a_multiple_that_is_added_to_the_stream_is_known_by_its_factor(tmp_path):
+    config = GraniteConfig(**SMALL, num_key_value_heads=2, residual_multiplier=0.22)
+    model = quantised(tmp_path, AutoModelForCausalLM.from_config(config))
+    _, groups = groups_of(model, batches(2))
+    assert [g.reader and g.reader.module for g in groups] == [
+        None,
+        "post_attention_layernorm",
+        None,
+        "",
+    ]
+    assert groups[1].reader.factor == pytest.approx(0.22, rel=1e-3)
 
 
 def test_time_that_is_up_leaves_layers_to_chance_and_says_so(tmp_path, model, caplog):
@@ -352,7 +363,6 @@ def test_rounding_that_needs_data_is_refused_without(tmp_path, model):
 
 
 def test_a_block_that_differs_when_run_alone_is_an_error(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(sequential, "product", None, raising=False)
     whole = sequential.record
 
     def changed(*args):
@@ -429,6 +439,22 @@ def test_where_a_dataset_cannot_be_asked_the_last_batches_are_caught(model, sour
     assert not base._forward_pre_hooks
 
 
+def test_a_dataset_that_raises_does_not_stop_the_training(model):
+    def broken(rows):
+        raise KeyError("text")
+
+    rows = Dataset.from_dict({"input_ids": [[3, 4]] * 8})
+    data = TrainingData(model.get_base_model(), Loader(rows, broken), batch_size=4, tokens=64)
+    assert list(data.batches()) == []
+    data.close()
+
+
+@pytest.mark.parametrize("data", [["text"], [{"labels": torch.ones(2, 3)}], [torch.ones(2, 3)]])
+def test_data_that_is_no_batch_is_named(tmp_path, model, data):
+    with pytest.raises(MergeError, match="batch 0 holds no tokens; give dicts of tensors"):
+        merge_adapter(model, tmp_path / "out", rounding="calibrated", calibration_data=data)
+
+
 @pytest.mark.parametrize("method", ["merged_4bit", "merged_16bit"])
 @pytest.mark.parametrize("kind", ["nf4-nested", "int8"])
 def test_the_original_base_is_what_was_quantised(tmp_path, kind, method):
@@ -465,4 +491,4 @@ def test_another_original_or_none_is_refused(tmp_path):
 def test_data_that_is_missing_is_told(tmp_path, model, caplog):
     caplog.set_level(logging.INFO)
     assert merge_adapter(model, tmp_path / "out").manifest["rounding"] == "stochastic"
-    assert "there was no data to calibrate with" in caplog.text
+    assert "codes were chosen by chance, without data" in caplog.text

@@ -136,6 +136,28 @@ def test_training_twice_exports_twice(tmp_path):
     assert listing(tmp_path) == ["step-00000004", "step-00000004-v2"]
 
 
+def test_saves_are_calibrated_and_the_end_is_tuned(tmp_path):
+    callback = MergeOnSaveCallback(merge_on_save=True, calibration_tokens=100)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    assert [r.manifest["rounding"] for r in callback.results] == ["calibrated", "tuned"]
+    tokens = [r.manifest["calibration"]["tokens"] for r in callback.results]
+    assert tokens == [120, 96]  # five batches of two rows of twelve; one is kept to judge by
+
+
+def test_what_a_cut_off_training_left_behind_is_taken_away(tmp_path):
+    class Cut(MergeOnSaveCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    callback = Cut()
+    run = trainer(tmp_path, callback)
+    run.train_dataset = run.train_dataset.to_iterable_dataset()  # whose batches must be caught
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    assert len(run.model.get_base_model()._forward_pre_hooks) == 1
+
+
 def test_the_best_model_is_exported_under_its_own_step(tmp_path):
     class Worse(MergeOnSaveCallback):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -6,6 +6,7 @@ A batch is what the model's forward takes, a dict of tensors. Knows nothing of r
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from merge_callback.calibration.stand_ins import generators_kept
+from merge_callback.errors import MergeError
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -42,7 +46,7 @@ class TrainingData:
                 collate_fn=loader.collate_fn,
                 generator=torch.Generator().manual_seed(0),
             )
-        if self._loader is None or not _fits(model, self._loader):
+        if self._loader is None or not _gives_inputs(model, self._loader):
             self._loader, self._last = None, _LastBatches(model, tokens)
 
     def batches(self) -> Iterable[Batch]:
@@ -60,10 +64,14 @@ class TrainingData:
             self._last.close()
 
 
-def _fits(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
+def _gives_inputs(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
     """Whether the loader gives what the model's forward takes; random generators do not move."""
-    with generators_kept():
-        batch = next(iter(loader), None)
+    try:
+        with generators_kept():
+            batch = next(iter(loader), None)
+    except Exception as error:  # whatever a foreign dataset raises is no reason not to train
+        logger.info("the training dataset cannot be asked for batches (%s)", error)
+        return False
     return (
         isinstance(batch, Mapping)
         and next(_inputs(batch), None) is not None
@@ -112,12 +120,21 @@ def tokens_in(batch: Batch) -> int:
 
 
 def take(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """As many batches as make `tokens` tokens, on the CPU."""
+    """As many batches as make `tokens` tokens, on the CPU.
+
+    Raises:
+        MergeError: one of them is no batch.
+    """
     taken: list[Batch] = []
     count = 0
     for batch in batches:
         if count >= tokens:
             break
+        if not isinstance(batch, Mapping) or not tokens_in(batch):
+            raise MergeError(
+                f"calibration data: batch {len(taken)} holds no tokens; give dicts of tensors as "
+                "the model's forward takes them, input_ids of shape (batch, length) among them"
+            )
         taken.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()})
         count += tokens_in(batch)
     return taken
@@ -144,13 +161,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """A batch as the model's forward takes it: on its device, no labels, no cache."""
+    """A batch as the model's forward takes it: on its device, no cache, and no labels but where the
+    inputs of a decoder are made of them.
+    """
     known = _parameters(model)
     device = input_device(model)
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in batch.items()
-        if key in known and key != "labels"
+        if key in known and (key != "labels" or getattr(model.config, "is_encoder_decoder", False))
     }
     return inputs | ({"use_cache": False} if "use_cache" in known else {})
 
@@ -180,5 +199,5 @@ def _parameters(model: nn.Module) -> set[str]:
 
 def _inputs(batch: Batch) -> Iterator[Tensor]:
     for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
-        if isinstance(batch.get(key), Tensor):
+        if isinstance(batch.get(key), Tensor) and batch[key].dim() > 1:
             yield batch[key]

@@ -72,7 +72,7 @@ def choose(
         return Choice(method)
     try:
         return _with_data(plan, options, method, batches or ())
-    except (MergeError, RuntimeError) as error:
+    except Exception as error:
         if options.rounding != "auto":
             raise
         logger.warning(
@@ -107,7 +107,7 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
             tuned = distil(
                 plan, done.rounded, seen, held, deadline=deadline, progress=options.progress
             )
-        except RuntimeError as error:  # of memory, mostly: what was calibrated is good
+        except Exception as error:  # of memory, mostly: what was calibrated is good
             logger.warning("distillation failed (%s): the calibrated weights are kept", error)
             return Choice("calibrated", done.rounded, report)
     report |= {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from merge_callback.calibration.batches import Batch, loss_mask, split_batch
-from merge_callback.calibration.blocks import final_input, stream_dtype
+from merge_callback.calibration.blocks import stream_dtype
+from merge_callback.calibration.recording import final_input
 from merge_callback.calibration.stand_ins import (
     computing_dtype,
     in_float32,
@@ -85,7 +86,7 @@ def distil(
         moves = [layer.move for layer in layers.values()]
         steps = 0
         for batch in _descent(moves, len(pieces), deadline, progress):
-            lessons.learn(batch)
+            lessons.learn(batch, moves)
             steps += 1
         after = exam.divergence()
     if not after < before:
@@ -225,7 +226,9 @@ class _Models:
         hidden = final_input(self.model, batch)
         mask = loss_mask(batch)
         flat = hidden.flatten(0, -2)
-        return flat if mask is None else flat[mask.flatten().to(flat.device)]
+        if mask is None or mask.numel() != len(flat):  # of an encoder, these are its decoder's
+            return flat
+        return flat[mask.flatten().to(flat.device)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         dtype = next(self.head.parameters()).dtype
@@ -243,15 +246,11 @@ class _Lessons:
             dtype = computing_dtype(models.model.device)
             self._live = [models.final(batch).to(dtype) for batch in batches]
 
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def learn(self, index: int) -> float:
-        """Add the gradients of one batch; returns its divergence."""
+    def learn(self, index: int, moves: Sequence[Tensor]) -> None:
+        """Add the gradients of one batch to `moves`, and to nothing else that is trained."""
         hidden = self._models.final(self._batches[index])
-        kl, gradient = self._compare(hidden, self._live[index])
-        torch.autograd.backward(hidden, gradient)
-        return kl / max(1, len(hidden))
+        _, gradient = self._compare(hidden, self._live[index])
+        torch.autograd.backward(hidden, gradient, inputs=moves)
 
     @torch.no_grad()
     def divergence(self) -> float:

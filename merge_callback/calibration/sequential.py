@@ -27,8 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from merge_callback.calibration.batches import Batch, token_mask, tokens_in
-from merge_callback.calibration.blocks import Block, Group, find_blocks, record
-from merge_callback.calibration.stand_ins import computing_dtype, evaluating
+from merge_callback.calibration.blocks import Block, Group
+from merge_callback.calibration.recording import find_blocks, record
+from merge_callback.calibration.stand_ins import computing_dtype
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.errors import MergeError
 from merge_callback.live import Weight
@@ -63,7 +64,7 @@ class Calibration:
 def calibrate(
     plan: Plan, batches: Sequence[Batch], *, deadline: float = math.inf, progress: bool = False
 ) -> Calibration:
-    """Round all 4-bit weights of a plan.
+    """Round all 4-bit weights of a plan, whose model is in eval mode.
 
     Holds what is chosen, one more 4-bit copy of the model; one block at a time in float32 and twice
     in 16 bits; the streams of both models in float32, 8 bytes times tokens times hidden size; and
@@ -78,17 +79,16 @@ def calibrate(
     """
     done = Calibration(tokens=sum(map(tokens_in, batches)))
     weights = plan.to_round()
-    with evaluating(plan.model):
-        blocks = record(plan.model, find_blocks(plan.model, list(weights)), batches)
-        reached = {name for block in blocks for name in block.linears.values()}
-        done.left_out += [name for name in weights if name not in reached]
-        walk = _Walk(plan, batches, done)
-        for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
-            if time.monotonic() > deadline:
-                done.left_out += block.linears.values()
-            else:
-                walk.through(block, {n: weights[full] for n, full in block.linears.items()})
-        done.error = walk.error()
+    blocks = record(plan.model, find_blocks(plan.model, list(weights)), batches)
+    reached = {name for block in blocks for name in block.linears.values()}
+    done.left_out += [name for name in weights if name not in reached]
+    walk = _Walk(plan, batches, done)
+    for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
+        if time.monotonic() > deadline:
+            done.left_out += block.linears.values()
+        else:
+            walk.through(block, {n: weights[full] for n, full in block.linears.items()})
+    done.error = walk.error()
     return done
 
 

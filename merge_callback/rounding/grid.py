@@ -44,7 +44,7 @@ class Grid:
         nested: whether scales are quantised too.
         offset: taken off the scales before they are quantised. None: their mean, and all is done as
             bitsandbytes does it. Under the offset of a base, the base's own scales come out as they
-            were: bitsandbytes itself would move 2 % of them, since its map ends at -0.993 and 1.
+            were: bitsandbytes itself would move some, since its map ends at -0.993 and at 1.
     """
 
     quant_type: str
