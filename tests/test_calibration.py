@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from merge_callback import MergeError, MergeRefused, merge_adapter
-from merge_callback.calibration import choice, distillation, sequential
+from merge_callback.calibration import choice, distillation, recording, sequential, stand_ins
 from merge_callback.calibration.batches import TrainingData, loss_mask, split_batch, take
 from merge_callback.calibration.recording import find_blocks, record
 from merge_callback.calibration.stand_ins import StandIn, evaluating, in_float32, standing_in
@@ -141,12 +141,42 @@ def test_the_model_and_all_generators_are_as_they_were(tmp_path, rounding, check
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_what_is_trained_whole_gets_no_gradient(tmp_path):
+def test_what_is_trained_whole_gets_no_gradient(tmp_path, monkeypatch):
     model = qlora(tmp_path, tied=False, modules_to_save=["embed_tokens"])
     embedding = model.get_base_model().model.embed_tokens.modules_to_save["default"].weight
     assert embedding.requires_grad
+    monkeypatch.setattr(stand_ins, "SMALL", 1000)  # large enough to stay itself, as real ones are
     result = merge_adapter(model, tmp_path / "out", rounding="tuned", calibration_data=batches())
     assert result.manifest["rounding"] == "tuned" and embedding.grad is None
+
+
+def test_data_that_draws_by_chance_moves_no_generator(tmp_path, model):
+    def drawn():
+        for batch in batches():
+            torch.rand(1), random.random(), numpy.random.rand()
+            yield batch
+
+    before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
+    merge_adapter(model, tmp_path / "out", rounding="calibrated", calibration_data=drawn())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), str(numpy.random.get_state()))
+
+
+def test_blocks_are_skipped_only_where_their_calls_do_not_hang_on_them(model):
+    def shared(change=None):
+        blocks, _ = groups_of(model, batches(1))
+        blocks[0].calls = [blocks[0].calls[0]._replace(kwargs={"angles": angles, "none": None})]
+        blocks[1].calls = [blocks[1].calls[0]._replace(kwargs={"angles": angles})]
+        if change is not None:
+            change(blocks[1])
+        return recording._calls_are_shared(blocks)
+
+    angles = (torch.ones(2), torch.ones(3))
+    assert shared()
+    assert not shared(lambda block: block.starts.append(torch.ones(1)))
+    assert not shared(lambda block: block.calls[0].kwargs.update(cache=object()))
+    assert not shared(lambda block: block.calls[0].kwargs.update(its_own=torch.ones(1)))
+    assert not shared(lambda block: setattr(block, "returns_tensor", False))
 
 
 def test_the_same_data_gives_the_same_bytes(tmp_path, model):

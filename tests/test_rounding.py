@@ -116,8 +116,14 @@ def test_rounding_by_chance_is_the_same_each_time_and_leaves_the_generator_alone
     one, other = (stochastic(weight + 0.01, own, stored) for _ in range(2))
     assert torch.equal(one.packed, other.packed)
     assert torch.equal(before, torch.get_rng_state())
-    another = stochastic(weight + 0.01, own, stored * 1.001)
-    assert not torch.equal(one.packed, another.packed)
+
+
+def test_no_two_weights_are_rounded_by_the_same_chances():
+    grid = Grid(quant_type="nf4", blocksize=64, nested=False)
+    weight, own, stored = base(grid, (64, 128))
+    one = stochastic(weight + 0.01, own, stored)
+    other = stochastic(2 * (weight + 0.01), own, 2 * stored)  # the same places between codes
+    assert not torch.equal(one.packed, other.packed)
 
 
 @pytest.mark.parametrize("rank", [None, 20, 0], ids=["full", "singular", "dead"])
@@ -185,6 +191,33 @@ def test_without_coupling_feedback_rounds_to_nearest():
     order = h.diagonal().argsort(descending=True)
     places = rounding._feed_back(wanted, rounding._inverse_factor(h, order), order, spread, codes)
     assert torch.equal(places.long(), codes.nearest(wanted / spread))
+
+
+def test_feedback_is_that_of_a_loop_over_single_columns():
+    codes, h = Codes(GRIDS[0], CPU), moment(150).double()
+    codes.values, codes._middles = codes.values.double(), codes._middles.double()
+    wanted, spread = normal(5, 150).double(), torch.full((5, 150), 2.0).double()
+    order = h.diagonal().argsort(descending=True)
+    factor = rounding._inverse_factor(h, order).double()
+    places = rounding._feed_back(wanted, factor, order, spread, codes)
+    left = wanted[:, order].clone()
+    expected = torch.empty(5, 150, dtype=torch.long)
+    for k in range(150):
+        chosen = codes.nearest(left[:, k] / 2)
+        error_of_column = (left[:, k] - 2 * codes.values[chosen]) / factor[k, k]
+        left[:, k:] -= error_of_column[:, None] * factor[k, k:]
+        expected[:, order[k]] = chosen
+    assert torch.equal(places.long(), expected)
+
+
+def test_few_tokens_move_a_weight_less():
+    weight, own, stored = base(GRIDS[0], (32, 128))
+    wanted, h = weight + 0.05 * normal(32, 128, seed=5), moment(128, rank=6)
+    off = [
+        (decoded(calibrated([Rows(wanted, own, stored)], h, tokens)[0], own, (32, 128)) - wanted)
+        for tokens in (6, 1_000_000)
+    ]
+    assert off[0].norm() < 0.8 * off[1].norm()
 
 
 def test_descent_ends_where_no_single_code_can_be_changed_for_the_better(monkeypatch):
