@@ -1,12 +1,12 @@
 """How much of what was trained is left after each way to merge into 4 bits?
 
     python benchmarks/fidelity.py [--adapter DIR --tokens FILE] [--train all|attention|dora]
-        [--rungs peft,...] [--output DIR]
+        [--quant-type nf4|fp4] [--single] [--rungs peft,...] [--output DIR]
 
-SmolLM2-135M-Instruct in NF4 with double quantisation, and a LoRA adapter: one that is given, or one
-that is trained here on `calibration`. TOKENS: a safetensors file with `calibration` and `heldout`,
-(sequences, length) each; without it, Python's own help texts are used. Each rung is
-merged, loaded by stock transformers, and scored on `heldout` alone, in float32:
+SmolLM2-135M-Instruct in NF4 with double quantisation (--single: without), and a LoRA adapter: one
+that is given, or one that is trained here on `calibration`. TOKENS: a safetensors file with
+`calibration` and `heldout`, (sequences, length) each; without it, Python's own help texts are used.
+Each rung is merged, loaded by stock transformers, and scored on `heldout` alone, in float32:
 
     gain kept = (loss(base) - loss(merged)) / (loss(base) - loss(live)),    KL(live || merged)
 
@@ -53,17 +53,16 @@ KINDS = {
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "merge_callback")
 
 
-def nf4(dtype):
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+FORMAT = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def four_bit(dtype):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **FORMAT)
 
 
 def load_base(path, dtype=torch.bfloat16):
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4(dtype), dtype=dtype)
+    config = four_bit(dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=dtype)
     keep_cpu_weights_unpacked(model)
     return model
 
@@ -146,7 +145,7 @@ def merge(rung, base, adapter, rows, work):
     if method == "requantised":
         settings = {"save_method": "merged_16bit", "base": "original"}
         path = merge_adapter(model, work, progress=False, name=method, **settings).path
-        return load_merged(path, quantization_config=nf4(torch.float32)), {}
+        return load_merged(path, quantization_config=four_bit(torch.float32)), {}
     data = pick(rows, int(count)) if count else None
     result = merge_adapter(
         model, work, rounding=method, calibration_data=data, name=method, progress=False
@@ -202,9 +201,13 @@ def main():
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--train", choices=KINDS, default="all")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--quant-type", choices=["nf4", "fp4"], default="nf4")
+    parser.add_argument("--single", action="store_true", help="no double quantisation")
     parser.add_argument("--rungs", default=RUNGS)
     parser.add_argument("--output", type=Path, default=Path("fidelity-output"))
     options = parser.parse_args()
+    FORMAT["bnb_4bit_quant_type"] = options.quant_type
+    FORMAT["bnb_4bit_use_double_quant"] = not options.single
     options.output.mkdir(exist_ok=True, parents=True)
     base = options.base or options.output / "base"
     if not (base / "config.json").exists():
@@ -246,6 +249,7 @@ def main():
     about = {
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
+        "format": FORMAT,
         "versions": versions,
         "rows": rows,
     }

@@ -141,6 +141,25 @@ def test_the_model_and_all_generators_are_as_they_were(tmp_path, rounding, check
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_distillation_runs_blocks_again_where_training_does(tmp_path, model):
+    base, calls, files = model.get_base_model(), [0, 0], []
+    for checkpointing in (0, 1):
+        if checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+
+        def count(*args, index=checkpointing):
+            calls[index] += 1
+
+        handle = base.model.layers[0].input_layernorm.register_forward_pre_hook(count)
+        result = merge_adapter(
+            model, tmp_path / "out", rounding="tuned", calibration_data=batches()
+        )
+        handle.remove()
+        files.append(load_file(result.path / "model.safetensors"))
+    assert calls[1] - calls[0] == result.manifest["calibration"]["steps"]
+    assert same(files[0], files[1])
+
+
 def test_what_is_trained_whole_gets_no_gradient(tmp_path, monkeypatch):
     model = qlora(tmp_path, tied=False, modules_to_save=["embed_tokens"])
     embedding = model.get_base_model().model.embed_tokens.modules_to_save["default"].weight

@@ -15,11 +15,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from merge_callback.calibration.batches import Batch, loss_mask, split_batch
 from merge_callback.calibration.blocks import stream_dtype
@@ -68,7 +71,8 @@ def distil(
 
     Holds, beside the live model: one 4-bit copy of it, and half as much again for scales and their
     moments; one layer at a time in 16 bits; the live model's final hidden states in 16 bits; and
-    what the backward pass of 1024 tokens, or of one sequence, needs of its forward.
+    what the backward pass of 1024 tokens, or of one sequence, needs of its forward: where training
+    checkpoints gradients, little more than one block's.
 
     Args:
         rounded: weights to begin with; the others stay as they are in the live model.
@@ -207,6 +211,7 @@ class _Models:
             *(n for n, m in self.model.named_modules() if m in (embedding, self.head)),
         )
         self._undo.enter_context(standing_in(self.model, self._stand_ins))
+        self._undo.enter_context(standing_in(self.model, _checkpointed(self.model)))
         self._undo.enter_context(torch.enable_grad())
         if stream_dtype(self.model, kept_out) == torch.float32:
             self._undo.enter_context(in_float32(self.model))
@@ -234,6 +239,15 @@ class _Models:
         dtype = next(self.head.parameters()).dtype
         out: Tensor = self.head(hidden.to(dtype))
         return out.float()
+
+
+def _checkpointed(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Forwards that keep nothing for their backward pass, of the layers that training runs so."""
+    return {
+        name: partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        for name, layer in model.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    }
 
 
 class _Lessons:

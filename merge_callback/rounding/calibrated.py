@@ -73,7 +73,7 @@ def calibrated(weights: Sequence[Rows], moment: Tensor, tokens: int) -> list[Rou
     scales = [rows.scales for rows in weights]
     codes = Codes(weights[0].grid, wanted.device)
     order = moment.diagonal().argsort(descending=True)
-    moment, _ = _decompose(moment, max(_DAMPING, _DAMPING_OF_FEW * len(moment) / tokens))
+    moment = _decompose(moment, max(_DAMPING, _DAMPING_OF_FEW * len(moment) / tokens))[0]
     factor = _inverse_factor(moment, order)
     places = _feed_back(wanted, factor, order, _spread(weights, scales), codes)
     for _ in range(_ROUNDS):
@@ -101,7 +101,7 @@ def solve(moment: Tensor, right: Tensor, damping: float) -> Tensor:
     Raises:
         FloatingPointError: the moment is not finite.
     """
-    _, lower = _decompose(moment, damping)
+    lower = _decompose(moment, damping)[1]
     solution: Tensor = torch.cholesky_solve(right.double().t(), lower)
     return solution.t().float()
 
@@ -125,8 +125,8 @@ def _decompose(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def _inverse_factor(moment: Tensor, order: Tensor) -> Tensor:
     """Upper triangular U, float32, with U^T U the inverse of the reordered moment."""
-    lower = torch.linalg.cholesky(moment[order][:, order].double())
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment[order][:, order].double()))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper.float()
 
 
