@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from merge_callback.calibration.batches import TrainingData
+from merge_callback.batches import TrainingData
 from merge_callback.companions import live_settings
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
 
-from merge_callback.calibration.batches import Batch
+from merge_callback.batches import Batch
 from merge_callback.calibration.choice import choose
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.errors import MergeError, MergeRefused

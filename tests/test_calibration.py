@@ -20,14 +20,14 @@ from transformers import (
     T5Config,
 )
 
-from merge_callback import MergeError, MergeRefused, merge_adapter
-from merge_callback.calibration import choice, distillation, recording, sequential, stand_ins
-from merge_callback.calibration.batches import TrainingData, loss_mask, split_batch, take
+from merge_callback import MergeError, MergeRefused, merge_adapter, stand_ins
+from merge_callback.batches import TrainingData, loss_mask, split_batch, take
+from merge_callback.calibration import choice, distillation, recording, sequential
 from merge_callback.calibration.recording import find_blocks, record
-from merge_callback.calibration.stand_ins import StandIn, evaluating, in_float32, standing_in
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
 from merge_callback.plan import make_plan
+from merge_callback.stand_ins import StandIn, evaluating, in_float32, standing_in
 
 SMALL = {
     "hidden_size": 128,

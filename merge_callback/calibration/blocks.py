@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from merge_callback.calibration.stand_ins import (
+from merge_callback.errors import MergeError
+from merge_callback.stand_ins import (
     SMALL,
     Reached,
     in_float32,
@@ -23,7 +24,6 @@ from merge_callback.calibration.stand_ins import (
     stand_in,
     standing_in,
 )
-from merge_callback.errors import MergeError
 
 _SHIFTED = 0.02  # relative error below which a sum has moved as its summand did
 _ALIKE = 0.1  # the same for a block that is run alone, in more bits than within the model

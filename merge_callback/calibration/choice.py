@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from merge_callback.calibration.batches import Batch, input_device, split_batch, take
+from merge_callback.batches import Batch, input_device, split_batch, take
 from merge_callback.calibration.distillation import distil
 from merge_callback.calibration.sequential import calibrate
-from merge_callback.calibration.stand_ins import evaluating, generators_kept
 from merge_callback.errors import MergeError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.rounding.grid import Rounded
+from merge_callback.stand_ins import evaluating, generators_kept
 
 logger = logging.getLogger(__name__)
 

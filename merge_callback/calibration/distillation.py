@@ -24,19 +24,19 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from merge_callback.calibration.batches import Batch, loss_mask, split_batch
+from merge_callback.batches import Batch, loss_mask, split_batch
 from merge_callback.calibration.blocks import stream_dtype
 from merge_callback.calibration.recording import final_input
-from merge_callback.calibration.stand_ins import (
+from merge_callback.live import Weight
+from merge_callback.plan import Plan
+from merge_callback.rounding.grid import Grid, Rounded
+from merge_callback.stand_ins import (
     computing_dtype,
     in_float32,
     product,
     stand_in,
     standing_in,
 )
-from merge_callback.live import Weight
-from merge_callback.plan import Plan
-from merge_callback.rounding.grid import Grid, Rounded
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from merge_callback.calibration.batches import Batch, model_inputs
+from merge_callback.batches import Batch, model_inputs
 from merge_callback.calibration.blocks import INPUT, Block, Call
-from merge_callback.calibration.stand_ins import Reached, standing_in
 from merge_callback.errors import MergeError
+from merge_callback.stand_ins import Reached, standing_in
 
 
 class _Recorders:

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from merge_callback.calibration.batches import Batch, token_mask, tokens_in
+from merge_callback.batches import Batch, token_mask, tokens_in
 from merge_callback.calibration.blocks import Block, Group
 from merge_callback.calibration.recording import find_blocks, record
-from merge_callback.calibration.stand_ins import computing_dtype
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.errors import MergeError
 from merge_callback.live import Weight
@@ -37,6 +36,7 @@ from merge_callback.plan import Plan
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import Grid, Rounded
 from merge_callback.rounding.nearest import nearest
+from merge_callback.stand_ins import computing_dtype
 
 _CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal, and at least
 _CORRECTION_DAMPING_OF_FEW = 0.3  # times the inputs to a token

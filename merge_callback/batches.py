@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
-from merge_callback.calibration.stand_ins import generators_kept
 from merge_callback.errors import MergeError
+from merge_callback.stand_ins import generators_kept
 
 logger = logging.getLogger(__name__)
 
