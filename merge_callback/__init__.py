@@ -3,15 +3,18 @@
 trainer = SFTTrainer(model=model, peft_config=lora, callbacks=[MergeOnSaveCallback()])
 """
 
-from merge_callback.callback import MergeFailure, MergeOnSaveCallback
-from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
+from merge_callback.callback import MergeFailure, MergeOnSaveCallback, attach
+from merge_callback.compare import compare
+from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
 from merge_callback.export import MergeResult, merge_adapter
 from merge_callback.options import MergeOptions
 from merge_callback.store import MergeStore, Version
+from merge_callback.verification.outputs import Comparison
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "CorruptVersion",
     "MergeError",
     "MergeFailure",
@@ -20,6 +23,9 @@ __all__ = [
     "MergeRefused",
     "MergeResult",
     "MergeStore",
+    "VerificationError",
     "Version",
+    "attach",
+    "compare",
     "merge_adapter",
 ]

@@ -1,4 +1,4 @@
-"""Batches to calibrate with: from a dataset, or caught as the model meets them.
+"""Batches to run the model on: from a dataset, or caught as the model meets them.
 
 A batch is what the model's forward takes, a dict of tensors. Knows nothing of rounding.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,37 +27,71 @@ logger = logging.getLogger(__name__)
 Batch = Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a merge may run the model on.
+
+    Attributes:
+        training: to calibrate with.
+        evaluation: to verify with; None: some of `training` is kept apart for it.
+        datasets: ids on the Hub, where they are known.
+    """
+
+    training: Iterable[Batch] | None = None
+    evaluation: Iterable[Batch] | None = None
+    datasets: tuple[str, ...] = ()
+
+
+class Drawn:
+    """Batches of a trainer's dataset in an order of chance that is always the same.
+
+    Args:
+        loader: the trainer's; only its dataset and its collator are used, so that neither its
+            sampler nor its workers notice.
+    """
+
+    def __init__(self, loader: Any, batch_size: int):
+        self._loader: DataLoader[Batch] = DataLoader(
+            loader.dataset,
+            batch_size=batch_size,
+            shuffle=True,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        assert self._loader.generator is not None
+        self._loader.generator.manual_seed(0)
+        return iter(self._loader)
+
+
+def drawn(model: PreTrainedModel, loader: Any, batch_size: int) -> Drawn | None:
+    """Batches of a trainer's loader; None where its dataset does not give what the model takes."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return None
+    batches = Drawn(loader, batch_size)
+    return batches if _gives_inputs(model, batches) else None
+
+
 class TrainingData:
-    """The data of a trainer, to calibrate with. Neither its sampler nor its workers notice.
+    """The data of a trainer: drawn from its dataset, or the last batches there were.
 
     Args:
         model: the model below the adapter's wrapper.
-        loader: the trainer's; only its dataset and its collator are used.
+        loader: the trainer's.
         batch_size: sequences in a batch.
         tokens: of the last batches to keep, where the dataset cannot be asked for some.
     """
 
     def __init__(self, model: PreTrainedModel, loader: Any, *, batch_size: int, tokens: int):
-        self._loader: DataLoader[Batch] | None = None
-        self._last: _LastBatches | None = None
-        dataset = getattr(loader, "dataset", None)
-        if dataset is not None and not isinstance(dataset, IterableDataset):
-            self._loader = DataLoader(
-                dataset,
-                batch_size=batch_size,
-                shuffle=True,
-                collate_fn=loader.collate_fn,
-                generator=torch.Generator().manual_seed(0),
-            )
-        if self._loader is None or not _gives_inputs(model, self._loader):
-            self._loader, self._last = None, _LastBatches(model, tokens)
+        self._drawn = drawn(model, loader, batch_size)
+        self._last = _LastBatches(model, tokens) if self._drawn is None else None
 
     def batches(self) -> Iterable[Batch]:
-        """Batches in an order of chance that is always the same, or the last ones there were."""
-        if self._loader is not None:
-            assert self._loader.generator is not None
-            self._loader.generator.manual_seed(0)
-            return self._loader
+        """What there is, without an effect on the training."""
+        if self._drawn is not None:
+            return self._drawn
         assert self._last is not None
         return list(self._last.batches)
 
@@ -62,6 +99,14 @@ class TrainingData:
         """Stop looking at what the model is trained on."""
         if self._last is not None:
             self._last.close()
+
+
+def datasets_of(loader: Any) -> tuple[str, ...]:
+    """Where on the Hub the dataset of a trainer's loader came from."""
+    info = getattr(getattr(loader, "dataset", None), "info", None)
+    sources = getattr(info, "download_checksums", None) or {}
+    found = [re.match(r"hf://datasets/([^/@]+/[^/@]+)@", source) for source in sources]
+    return tuple(sorted({match[1] for match in found if match}))
 
 
 def _gives_inputs(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
@@ -140,6 +185,25 @@ def take(batches: Iterable[Batch], tokens: int) -> list[Batch]:
     return taken
 
 
+def hold_out(
+    batches: Sequence[Batch], share: float, most: float = math.inf
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Split off the last batches: at least one, and up to a share of all tokens, or `most`.
+
+    One sequence alone cannot be split.
+    """
+    if len(batches) == 1:
+        batches = split_batch(batches[0], 1)
+    if len(batches) < 2:
+        return batches, ()
+    wanted = min(most, share * sum(map(tokens_in, batches)))
+    count, tokens = 1, tokens_in(batches[-1])
+    while count + 1 < len(batches) and tokens + tokens_in(batches[-count - 1]) <= wanted:
+        count += 1
+        tokens += tokens_in(batches[-count])
+    return batches[:-count], batches[-count:]
+
+
 def split_batch(batch: Batch, tokens: int) -> list[Batch]:
     """Pieces of about this many tokens, at least one sequence each, where rows are sequences."""
     shapes = [value.shape for value in batch.values() if isinstance(value, Tensor)]
@@ -160,12 +224,17 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def model_inputs(
+    model: PreTrainedModel, batch: Batch, device: torch.device | None = None
+) -> dict[str, Any]:
     """A batch as the model's forward takes it: on its device, no cache, and no labels but where the
     inputs of a decoder are made of them.
+
+    Args:
+        device: None: where the model's embedding is.
     """
     known = _parameters(model)
-    device = input_device(model)
+    device = device or input_device(model)
     inputs = {
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in batch.items()

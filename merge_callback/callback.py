@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,18 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from merge_callback.batches import TrainingData
+from merge_callback.batches import Batch, Data, TrainingData, datasets_of, drawn
 from merge_callback.companions import live_settings
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
-from merge_callback.plan import make_plan
+from merge_callback.plan import Plan, make_plan
 from merge_callback.store import MergeStore
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,24 @@ class MergeFailure:
 
     step: int
     error: Exception
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A trainer's event that a merge is made of.
+
+    Attributes:
+        best_step: the step whose weights are loaded; None: the last one's.
+        last: training is over.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    model: nn.Module
+    processing_class: Any
+    eval_dataloader: Any
+    best_step: int | None
+    last: bool
 
 
 class MergeOnSaveCallback(TrainerCallback):
@@ -62,7 +80,14 @@ class MergeOnSaveCallback(TrainerCallback):
         quantization_config: settings of 4-bit output on a base that is not 4-bit.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
         safe_serialization: None or True; False is refused.
-        verify: read every file back and compare it with what was written.
+        verify: compare weights and outputs of what was written with the live model before it is
+            published, see `MergeOptions`.
+        verification_data: batches to compare outputs on. None: the evaluation dataset, or some of
+            the training data that calibration does not see.
+        verify_tokens: how many tokens of it.
+        min_gain_kept: share of the gain in loss that must be left. None: any.
+        max_kl: largest KL(live || merged), in nats per token. None: any.
+        card: write a model card, see `MergeOptions`.
         keep_last: how many of the versions of this run to keep; None: all. The best step's always
             stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
@@ -93,7 +118,12 @@ class MergeOnSaveCallback(TrainerCallback):
         quantization_config: BitsAndBytesConfig | None = None,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool | None = None,
-        verify: bool = True,
+        verify: bool | str = True,
+        verification_data: Iterable[Batch] | None = None,
+        verify_tokens: int = 8192,
+        min_gain_kept: float | None = None,
+        max_kl: float | None = None,
+        card: bool | str | os.PathLike[str] = True,
         keep_last: int | None = None,
         on_error: str = "raise",
     ):
@@ -109,6 +139,10 @@ class MergeOnSaveCallback(TrainerCallback):
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
             verify=verify,
+            verify_tokens=verify_tokens,
+            min_gain_kept=min_gain_kept,
+            max_kl=max_kl,
+            card=card,
         )
         if on_error not in ("raise", "warn"):
             raise MergeRefused([f"on_error={on_error!r} is not known; use 'raise' or 'warn'"])
@@ -121,6 +155,9 @@ class MergeOnSaveCallback(TrainerCallback):
         self._output_dir = output_dir
         self._merge_on_save = merge_on_save
         self._keep_last = keep_last
+        self._verification_data = verification_data
+        self._datasets: tuple[str, ...] = ()
+        self._trainer_log: Callable[[dict[str, float]], None] | None = None
         self._on_error = on_error
         self._settings: dict[str, Any] | None = None
         self._data: TrainingData | None = None
@@ -158,12 +195,13 @@ class MergeOnSaveCallback(TrainerCallback):
         plan = check_merge(model, self._store(args), self._options, saves=saves)
         if self._data is not None:  # of a training that was cut off
             self._data.close()
-        if plan.to_round() and self._options.wants_data:
+        self._datasets = datasets_of(train_dataloader)
+        if self._options.verify or (plan.to_round() and self._options.wants_data):
             self._data = TrainingData(
                 plan.model,
                 train_dataloader,
                 batch_size=args.per_device_train_batch_size,
-                tokens=self._options.calibration_tokens,
+                tokens=self._options.calibration_tokens + self._options.verify_tokens,
             )
         logger.info(
             "merges to come: %d of %.2f GB each, into %s",
@@ -179,12 +217,14 @@ class MergeOnSaveCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         processing_class: Any = None,
+        eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Merge at a checkpoint, when asked to."""
         if model is not None and self._merge_on_save and _acts(state):
             last = control.should_training_stop or state.global_step >= state.max_steps
-            self._try(args, state, model, processing_class, best_step=None, last=last)
+            moment = _Moment(args, state, model, processing_class, eval_dataloader, None, last)
+            self._try(moment)
 
     def on_train_end(
         self,
@@ -193,6 +233,7 @@ class MergeOnSaveCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         processing_class: Any = None,
+        eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Merge what was trained, unless the last save has done so."""
@@ -203,56 +244,60 @@ class MergeOnSaveCallback(TrainerCallback):
         best_step = _best_step(args, state)
         if self._merged == (state.global_step, None) and best_step in (None, state.global_step):
             return
-        self._try(args, state, model, processing_class, best_step=best_step, last=True, rescue=True)
+        moment = _Moment(args, state, model, processing_class, eval_dataloader, best_step, True)
+        self._try(moment, rescue=True)
 
-    def _try(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        processing_class: Any,
-        *,
-        best_step: int | None,
-        last: bool,
-        rescue: bool = False,
-    ) -> None:
+    def _try(self, moment: _Moment, *, rescue: bool = False) -> None:
         """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
+        step = moment.state.global_step
         try:
-            self._merge(args, state, model, processing_class, best_step, last)
+            self._merge(moment)
         except Exception as error:
-            saved = f"; {self._rescue(args, state, model)}" if rescue else ""
-            failure = MergeError(f"the merge at step {state.global_step} failed: {error}{saved}")
+            saved = f"; {self._rescue(moment)}" if rescue else ""
+            failure = MergeError(f"the merge at step {step} failed: {error}{saved}")
             if self._on_error == "raise":
                 raise failure from error
             logger.warning("%s", failure, exc_info=error)
-            self.failures.append(MergeFailure(state.global_step, error))
+            self.failures.append(MergeFailure(step, error))
 
-    def _merge(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        processing_class: Any,
-        best_step: int | None,
-        last: bool,
-    ) -> None:
+    def _merge(self, moment: _Moment) -> None:
+        args, state = moment.args, moment.state
         store = self._store(args)
         options = replace(self._options, progress=not args.disable_tqdm)
+        plan = make_plan(moment.model, options)
         result = export(
-            make_plan(model, options),
+            plan,
             store,
             options,
             name=_name(state),
-            processing_class=processing_class,
-            training=Training(state.global_step, best_step, self._settings),
-            batches=None if self._data is None else self._data.batches(),
-            last=last,
+            processing_class=moment.processing_class,
+            training=Training(state.global_step, moment.best_step, self._settings),
+            data=self._data_for(moment, plan),
+            last=moment.last,
         )
         self.results.append(result)
-        if last or self._options.rounding != "auto":  # else the end of training does it better
-            self._merged = (state.global_step, best_step)
+        self._log(moment, metrics(result))
+        # Before the end "auto" does less than it can, so the end of training merges once more.
+        if moment.last or self._options.rounding != "auto":
+            self._merged = (state.global_step, moment.best_step)
         if self._keep_last is not None:
             self._prune(store, self._keep_last, state)
+
+    def _data_for(self, moment: _Moment, plan: Plan) -> Data:
+        evaluation = self._verification_data
+        if evaluation is None and self._options.verify:
+            size = moment.args.per_device_eval_batch_size
+            evaluation = drawn(plan.model, moment.eval_dataloader, size)
+        training = None if self._data is None else self._data.batches()
+        return Data(training=training, evaluation=evaluation, datasets=self._datasets)
+
+    def _log(self, moment: _Moment, figures: dict[str, float]) -> None:
+        """Into the trainer's history; to its loggers too, where `attach` gave us its `log`."""
+        if self._trainer_log is not None:
+            self._trainer_log(figures)
+        else:
+            entry = {**figures, "epoch": moment.state.epoch, "step": moment.state.global_step}
+            moment.state.log_history.append(entry)
 
     def _prune(self, store: MergeStore, keep_last: int, state: TrainerState) -> None:
         """Remove old versions of this run; that it fails is no failure of the merge."""
@@ -265,11 +310,12 @@ class MergeOnSaveCallback(TrainerCallback):
         except OSError as error:
             logger.warning("old versions in %s could not be removed: %s", store.root, error)
 
-    def _rescue(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> str:
+    def _rescue(self, moment: _Moment) -> str:
         """Save the adapter alone; say where, or why not."""
         try:
-            name = f"{_name(state)}-adapter"
-            path = rescue(model, self._store(args), name, state.global_step)
+            name = f"{_name(moment.state)}-adapter"
+            store = self._store(moment.args)
+            path = rescue(moment.model, store, name, moment.state.global_step)
         except Exception as error:
             return f"saving the adapter failed too ({error}); it is in the last checkpoint, if any"
         return f"the adapter is safe in {path}"
@@ -292,6 +338,34 @@ class MergeOnSaveCallback(TrainerCallback):
                 saves += math.ceil(state.num_train_epochs or 1)
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
         return saves if self._keep_last is None else min(saves, self._keep_last + 2)
+
+
+def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:
+    """Add the callback to a trainer, so that its figures reach the trainer's loggers.
+
+    It is put ahead of the callbacks of W&B, TensorBoard and the like, which close their runs when
+    training ends. A callback that is given to the trainer's constructor instead works as well, but
+    its figures are in `state.log_history` alone.
+    """
+    handler = trainer.callback_handler
+    if callback not in handler.callbacks:
+        trainer.add_callback(callback)
+        model, state = trainer.model, trainer.state
+        callback.on_init_end(trainer.args, state, trainer.control, model=model)
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+    callback._trainer_log = trainer.log
+
+
+def metrics(result: MergeResult) -> dict[str, float]:
+    """The figures of a merge, by the names that loggers show; those of the first method."""
+    manifest = result.manifest
+    models = (manifest["verification"] or {}).get("models") or {}
+    found: dict[str, float | None] = next(iter(models.values()), {})
+    figures = {f"merge/{name}": found.get(name) for name in ("gain_kept", "kl", "agreement")}
+    figures["merge/seconds"] = sum(manifest["seconds"].values())
+    figures["merge/bytes"] = sum(file["size"] for file in manifest["files"].values())
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def _acts(state: TrainerState) -> bool:

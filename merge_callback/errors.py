@@ -22,3 +22,15 @@ class MergeRefused(MergeError):
 
 class CorruptVersion(MergeError):
     """A file of a version is missing, or differs from what the manifest says."""
+
+
+class VerificationError(MergeError):
+    """What was written is not what was trained, or further from it than was allowed.
+
+    Nothing was published. `problems`: each with the tensors that it is about, or the cure.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"the merged model is not published:{lines}")

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +21,33 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
 
-from merge_callback.batches import Batch
+from merge_callback.batches import Batch, Data, hold_out, take
 from merge_callback.calibration.choice import choose
+from merge_callback.card import write_card
 from merge_callback.companions import generation_problems, save_adapter, save_companions
-from merge_callback.errors import MergeError, MergeRefused
+from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
 from merge_callback.live import active_adapters
-from merge_callback.manifest import Training, libraries, merge_manifest, now, overall
+from merge_callback.manifest import (
+    Training,
+    libraries,
+    merge_manifest,
+    now,
+    overall,
+    tensor_figures,
+)
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
+from merge_callback.report import write_report
 from merge_callback.retention import Retention
+from merge_callback.stand_ins import generators_kept
 from merge_callback.store import MergeStore, Version
+from merge_callback.verification.checks import broken_weights, verify_models
 from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
+_KEPT_APART = 1 / 8  # of the training data, at most, to verify with
+_NAMES = {"gain_kept": "gain kept", "kl": "KL"}
 _LITTLE = 0.5  # retention below which a 4-bit export has lost most of what was trained
 
 
@@ -75,7 +88,12 @@ def merge_adapter(
     quantization_config: BitsAndBytesConfig | None = None,
     max_shard_size: int | str = "5GB",
     safe_serialization: bool | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
+    verification_data: Iterable[Batch] | None = None,
+    verify_tokens: int = 8192,
+    min_gain_kept: float | None = None,
+    max_kl: float | None = None,
+    card: bool | str | os.PathLike[str] = True,
     progress: bool = True,
 ) -> MergeResult:
     """Merge the active adapters of `model` out of place, and publish the result as a new version.
@@ -91,10 +109,13 @@ def merge_adapter(
         save_method: see `MergeOptions`, as for all that follow.
         calibration_data: batches of training data, dicts of tensors as the model's forward takes
             them, for calibrated and tuned rounding. Iterated once, as far as it is needed.
+        verification_data: batches that were not trained on, to compare outputs on. None: an eighth
+            of `calibration_data`, at most, is kept apart for it.
 
     Raises:
         MergeRefused: what was asked for cannot be done; all reasons at once, nothing was written.
         MergeError: the merge failed; nothing was published.
+        VerificationError: what was written is not what was trained; nothing was published.
         CorruptVersion: what was written does not read back; nothing was published.
     """
     options = MergeOptions(
@@ -109,6 +130,10 @@ def merge_adapter(
         max_shard_size=max_shard_size,
         safe_serialization=safe_serialization,
         verify=verify,
+        verify_tokens=verify_tokens,
+        min_gain_kept=min_gain_kept,
+        max_kl=max_kl,
+        card=card,
         progress=progress,
     )
     if options.needs_data and calibration_data is None:
@@ -121,7 +146,7 @@ def merge_adapter(
         options,
         name=name,
         processing_class=processing_class,
-        batches=calibration_data,
+        data=Data(training=calibration_data, evaluation=verification_data),
     )
 
 
@@ -160,22 +185,22 @@ def export(
     name: str,
     processing_class: Any = None,
     training: Training | None = None,
-    batches: Iterable[Batch] | None = None,
+    data: Data | None = None,
     last: bool = True,
 ) -> MergeResult:
     """Write what was planned and publish it as version `name`.
 
     Args:
-        batches: what calibrated and tuned rounding look at; None: there is no data.
+        data: what the model may be run on.
         last: training is over, so that `rounding="auto"` may take its time.
 
     Raises:
         MergeError, CorruptVersion: as `merge_adapter`.
     """
-    training = training or Training()
+    training, data = training or Training(), data or Data()
     try:
         with _exact_maths(plan):
-            return _export(plan, store, options, name, processing_class, training, batches, last)
+            return _export(plan, store, options, name, processing_class, training, data, last)
     except MergeError:
         raise
     except Exception as error:  # of torch, of the file system, of the libraries that write to it
@@ -192,11 +217,12 @@ def _export(
     name: str,
     processing_class: Any,
     training: Training,
-    batches: Iterable[Batch] | None,
+    data: Data,
     last: bool,
 ) -> MergeResult:
     clock = _Clock()
-    choice = choose(plan, options, batches, last=last)
+    seen, unseen, told = _gather(plan, options, data)
+    choice = choose(plan, options, seen, last=last)
     plan = plan.with_rounded(choice.rounded)
     clock.lap("round")
     with store.draft(name) as draft:
@@ -211,13 +237,93 @@ def _export(
                 save_companions(plan, method, place, processing_class, training.settings or {})
         draft.seal()
         clock.lap("write")
+        verification = None
         if options.verify:
-            draft.verify()
+            try:
+                draft.verify()
+            except CorruptVersion as error:
+                broken = broken_weights(plan, places)
+                raise CorruptVersion(
+                    f"{error}; wrong: {broken}" if broken else str(error)
+                ) from None
+            verification = verify_models(
+                plan,
+                options,
+                places,
+                kept,
+                processing_class=processing_class,
+                batches=unseen,
+                data=told,
+            )
             clock.lap("verify")
-        manifest = merge_manifest(plan, choice.method, training, kept, choice.report, clock.seconds)
+        manifest = merge_manifest(
+            plan, choice.method, training, kept, choice.report, verification, clock.seconds
+        )
+        try:
+            write_report(draft.path, manifest, tensor_figures(kept, verification))
+            _write_cards(plan, options, places, manifest, processing_class, data.datasets)
+        except Exception as error:  # of a template, of matplotlib: the model is worth more
+            logger.warning("the report or the model card failed: %s", error, exc_info=error)
+        draft.seal()
         version = store.publish(draft, name, manifest)
     _report(plan, version, kept, clock, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
+
+
+def _write_cards(
+    plan: Plan,
+    options: MergeOptions,
+    places: Mapping[str, Path],
+    manifest: Mapping[str, Any],
+    processing_class: Any,
+    datasets: Sequence[str],
+) -> None:
+    if not options.card:
+        return
+    for method, place in places.items():
+        write_card(
+            place,
+            plan.model,
+            manifest,
+            method,
+            processor=processing_class and type(processing_class).__name__,
+            datasets=datasets,
+            template=None if options.card is True else options.card,
+        )
+
+
+def _gather(
+    plan: Plan, options: MergeOptions, data: Data
+) -> tuple[Sequence[Batch] | None, Sequence[Batch], str | None]:
+    """Batches to calibrate with, or None; others to verify with; and what those are, in words.
+
+    Where a method was not asked for by name, data that cannot be had is done without.
+    """
+    calibrate = options.calibration_tokens if plan.to_round() and options.wants_data else 0
+    verify = options.verify_tokens if options.verify else 0
+    unseen: Sequence[Batch] = ()
+    with generators_kept():
+        if verify and data.evaluation is not None:
+            try:
+                unseen = take(data.evaluation, verify)
+            except Exception as error:
+                logger.warning("the evaluation data cannot be used (%s)", error)
+        if data.training is None or not (calibrate or verify):
+            return None, unseen, "held-out data" if unseen else None
+        try:
+            seen: Sequence[Batch] = take(data.training, calibrate + (0 if unseen else verify))
+        except Exception as error:
+            if options.needs_data:
+                raise
+            logger.warning("the training data cannot be used (%s)", error)
+            return None, unseen, "held-out data" if unseen else None
+    if unseen:
+        return seen, unseen, "held-out data"
+    if not calibrate:
+        return None, seen, "training data"
+    if verify:
+        seen, unseen = hold_out(seen, _KEPT_APART, verify)
+    return seen, unseen, "training data that calibration did not see" if unseen else None
 
 
 def _places(plan: Plan, top: Path) -> dict[str, Path]:
@@ -287,7 +393,12 @@ def _report(
     rounding: str | None,
 ) -> None:
     values = {method: overall(tensors).value for method, tensors in kept.items()}
-    told = ", ".join(f"{m} retention {v:.3f}" for m, v in values.items() if v is not None)
+    parts = [f"{m} retention {v:.3f}" for m, v in values.items() if v is not None]
+    for method, found in ((version.manifest["verification"] or {}).get("models") or {}).items():
+        for name, spec in (("gain_kept", ".1%"), ("kl", ".5f")):
+            if found.get(name) is not None:
+                parts.append(f"{method} {_NAMES[name]} {found[name]:{spec}}")
+    told = ", ".join(parts)
     size = sum(file["size"] for file in version.manifest["files"].values())
     logger.info(
         "merged %s into %s: %.2f GB in %.1f s%s",

@@ -6,13 +6,14 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from merge_callback.plan import Plan
 from merge_callback.retention import Retention
 from merge_callback.shards import host_bytes
+from merge_callback.verification.checks import Verification
 
 _LIBRARIES = ("merge_callback", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -38,6 +39,7 @@ def merge_manifest(
     training: Training,
     kept: Mapping[str, Mapping[str, Retention]],
     calibration: Mapping[str, Any] | None,
+    verification: Verification | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The manifest of a merged version, but for its files."""
@@ -53,6 +55,7 @@ def merge_manifest(
         "save_methods": list(plan.methods),
         "rounding": rounding,
         "calibration": calibration,
+        "verification": verification and _verified(verification),
         "maths_dtype": "float32",
         "retention": {
             method: {
@@ -63,6 +66,38 @@ def merge_manifest(
         },
         "libraries": libraries(),
         "seconds": dict(seconds),
+    }
+
+
+def tensor_figures(
+    kept: Mapping[str, Mapping[str, Retention]], verification: Verification | None
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """method -> weight -> retention, and how far the file is from what was to be written."""
+    found = verification.deviations if verification else {}
+    return {
+        method: {
+            key: {
+                "retention": tensors[key].value if key in tensors else None,
+                "error": found[method][key].error if method in found else None,
+            }
+            for key in found.get(method, tensors)
+        }
+        for method, tensors in kept.items()
+    }
+
+
+def _verified(found: Verification) -> dict[str, Any]:
+    return {
+        "data": found.data,
+        "problems": found.problems,
+        "models": {
+            method: {
+                "weights": len(tensors),
+                "largest_error": max(part.error for part in tensors.values()),
+                **(asdict(found.comparisons[method]) if method in found.comparisons else {}),
+            }
+            for method, tensors in found.deviations.items()
+        },
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +47,14 @@ class MergeOptions:
             NF4 with double quantisation.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
         safe_serialization: None or True, safetensors. False is refused.
-        verify: read every file back and compare it with the checksum taken while it was written.
+        verify: read the files back before they are published, load them as anybody would, and
+            compare weights and outputs with the live model. What is broken is not published;
+            `"warn"` publishes it all the same, unless a file is not what was written. False: no.
+        verify_tokens: how many tokens to compare outputs on.
+        min_gain_kept: share of what training gained, in loss, that must be left. None: any.
+        max_kl: largest KL(live || merged), in nats per token. None: any.
+        card: write a model card beside each model, from our template, or from a Jinja file of
+            yours (see `card.write_card`). False: none.
         progress: show a progress bar.
 
     Raises:
@@ -63,7 +71,11 @@ class MergeOptions:
     quantization_config: BitsAndBytesConfig | None = None
     max_shard_size: int | str = "5GB"
     safe_serialization: bool | None = None
-    verify: bool = True
+    verify: bool | str = True
+    verify_tokens: int = 8192
+    min_gain_kept: float | None = None
+    max_kl: float | None = None
+    card: bool | str | os.PathLike[str] = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -76,11 +88,23 @@ class MergeOptions:
         for option, value, known in (
             ("rounding", self.rounding, ROUNDINGS),
             ("base", self.base, BASES),
+            ("verify", self.verify, (True, False, "warn")),
         ):
             if value not in known:
                 names = ", ".join(map(repr, known))
                 problems.append(f"{option}={value!r} is not known; use one of {names}")
-        for option in ("calibration_tokens", "calibration_memory", "rounding_minutes"):
+        if not isinstance(self.card, bool) and not os.path.isfile(self.card):
+            problems.append(
+                f"card={str(self.card)!r} is no file; use a Jinja template, True or False"
+            )
+        if not self.verify and (self.min_gain_kept is not None or self.max_kl is not None):
+            problems.append("min_gain_kept and max_kl need verify=True, or 'warn'")
+        for option in (
+            "calibration_tokens",
+            "calibration_memory",
+            "rounding_minutes",
+            "verify_tokens",
+        ):
             value = getattr(self, option)
             if value is not None and not value > 0:
                 problems.append(f"{option}={value} must be positive")

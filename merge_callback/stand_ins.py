@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 SMALL = 1 << 20  # values of an unquantised weight that may be held in float32: of norms, of biases
@@ -100,6 +102,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def without_adapters(model: PeftModel) -> Iterator[None]:
+    """The base alone; what is trainable stays trainable."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that trained biases stay is what PEFT warns of
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            for parameter, wanted in trainable:
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
 
 
 @contextlib.contextmanager

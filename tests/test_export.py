@@ -347,7 +347,15 @@ def test_the_manifest_tells_what_was_done(tmp_path):
     assert len(stored["retention"]["merged_4bit"]["tensors"]) == 14
     assert len(stored["adapter_sha256"]) == 64
     assert {"torch", "peft", "merge_callback"} <= stored["libraries"].keys()
-    assert stored["files"].keys() == {"model.safetensors", "config.json", "generation_config.json"}
+    assert stored["files"].keys() == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "merge_report.json",
+        "merge_report.md",
+        "merge_report.png",
+        "README.md",
+    }
     assert str(tmp_path) not in json.dumps(stored)
     again = merge_adapter(model, tmp_path / "out", name="mine").manifest
     assert again["adapter_sha256"] == stored["adapter_sha256"]
@@ -438,7 +446,7 @@ def test_memory_that_runs_out_moves_a_tensor_to_the_cpu(tmp_path, caplog, monkey
         add_to(self, merged, base)
 
     monkeypatch.setattr(LowRank, "add_to", once)
-    retried = merge_adapter(model, tmp_path / "out")
+    retried = merge_adapter(model, tmp_path / "out", verify=False)
     assert len(calls) == 15
     assert "merged on the CPU" in caplog.text
     assert same(load_weights(whole.path), load_weights(retried.path))
@@ -466,7 +474,10 @@ def test_a_flipped_bit_on_the_disk_is_caught_before_publishing(tmp_path, monkeyp
     seal = Draft.seal
 
     def flip(self):
+        again = bool(self.records) and "config.json" in self.records
         seal(self)
+        if again:
+            return
         path = self.path / "model.safetensors"
         data = bytearray(path.read_bytes())
         data[-1] ^= 1

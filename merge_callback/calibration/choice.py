@@ -6,13 +6,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from merge_callback.batches import Batch, input_device, split_batch, take
+from merge_callback.batches import Batch, hold_out, input_device, take
 from merge_callback.calibration.distillation import distil
 from merge_callback.calibration.sequential import calibrate
 from merge_callback.errors import MergeError
@@ -89,7 +89,7 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     with generators_kept(), evaluating(plan.model):
         taken = take(batches, _tokens(plan, options))
-        seen, held = _hold_back(taken) if method == "tuned" else (taken, [])
+        seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
         if not seen:
             raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
         done = calibrate(plan, seen, deadline=deadline, progress=options.progress)
@@ -105,23 +105,13 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
             return Choice("calibrated", done.rounded, report)
         try:
             tuned = distil(
-                plan, done.rounded, seen, held, deadline=deadline, progress=options.progress
+                plan, done.rounded, seen, held or seen, deadline=deadline, progress=options.progress
             )
         except Exception as error:  # of memory, mostly: what was calibrated is good
             logger.warning("distillation failed (%s): the calibrated weights are kept", error)
             return Choice("calibrated", done.rounded, report)
     report |= {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after}
     return Choice("tuned", tuned.rounded, report)
-
-
-def _hold_back(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Batches to learn from and, apart from them where there is more than one, to judge by."""
-    if len(batches) == 1:
-        batches = split_batch(batches[0], 1)
-    if len(batches) == 1:
-        return batches, batches
-    count = max(1, round(len(batches) * _HELD_BACK))
-    return batches[:-count], batches[-count:]
 
 
 def _tokens(plan: Plan, options: MergeOptions) -> int:

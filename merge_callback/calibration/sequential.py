@@ -169,7 +169,7 @@ class _Walk:
         """The grid to begin with: the base's own, or that of nearest rounding."""
         grid = self._plan.grid(weight)
         if weight.on_a_grid and isinstance(weight.stored, Bnb4Weight):
-            return grid, weight.stored.scales(wanted.device)
+            return grid, grid.widen(weight.stored.scales(wanted.device), wanted)
         return grid, grid.stored(nearest(wanted, grid).scales)
 
     def _decode(self, weight: Weight, rounded: Rounded) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Values handled at once, a multiple of every blocksize: temporaries stay at a few MiB.
 RUN = 1 << 18
+_OUTGROWN = 1.1
 NESTED_BLOCKSIZE = 256  # what bitsandbytes always uses
 
 
@@ -80,6 +81,14 @@ class Grid:
         codes, nested, offset = self.nest(scales)
         stored: Tensor = bnb.dequantize_blockwise(codes, nested) + offset
         return stored
+
+    def widen(self, scales: Tensor, weight: Tensor) -> Tensor:
+        """`scales`, but a block's largest magnitude where that has outgrown its scale."""
+        flat = weight.reshape(-1)
+        padded = torch.nn.functional.pad(flat, (0, -len(flat) % self.blocksize))
+        low, high = padded.view(-1, self.blocksize).aminmax(dim=1)
+        largest = torch.maximum(high, -low)
+        return torch.where(largest > _OUTGROWN * scales.abs(), largest, scales)
 
     def decode(self, packed: Tensor, stored: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """The flat values of packed codes under the scales that a loader has, cast to `dtype`."""

@@ -21,13 +21,17 @@ def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
     Args:
         weight: any shape, float32.
         grid: the format.
-        scales: float32, one a block, as a loader would have them.
+        scales: float32, one a block, as a loader would have them. Where the weight has outgrown
+            them wider ones are taken, and rounding is to nearest: there the base lies on no grid.
 
     Returns:
-        Codes for the scales that double quantisation makes of `scales`. The same for the same
+        Codes for the scales that double quantisation makes of these. The same for the same
         input, whatever the state of torch's generators. Streams: temporaries of a few MiB.
     """
     codes = Codes(grid, weight.device)
+    wider = grid.widen(scales, weight)
+    chances = wider == scales
+    scales = wider
     stored = grid.stored(scales)
     # A seed of its own for each weight: with one for all, their errors would add up.
     seed = int(scales.view(torch.int32).sum(dtype=torch.int64)) & 0xFFFFFFFF
@@ -35,12 +39,15 @@ def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
     packed = []
     for start, run in enumerate(torch.split(weight.reshape(-1), RUN)):
         first = start * RUN // grid.blocksize
-        spread = grid.spread(stored[first : first + -(-len(run) // grid.blocksize)], run.shape)
+        last = first + -(-len(run) // grid.blocksize)
+        spread = grid.spread(stored[first:last], run.shape)
+        by_chance = grid.spread(chances[first:last], run.shape)
         # A block of scale 0 holds zeros alone.
         ratios = torch.where(spread != 0, run / spread, torch.zeros_like(run)).clamp(-1, 1)
         above = torch.searchsorted(codes.values, ratios).clamp(1, 15)
         low, high = codes.values[above - 1], codes.values[above]
         chance = (ratios - low) / (high - low).clamp(min=1e-12)
-        up = torch.rand(run.shape, generator=generator, device=run.device) < chance
+        random = torch.rand(run.shape, generator=generator, device=run.device)
+        up = torch.where(by_chance, random, 0.5) < chance
         packed.append(codes.pack(torch.where(up, above, above - 1)))
     return Rounded(torch.cat(packed), scales)

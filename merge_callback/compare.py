@@ -1,0 +1,52 @@
+"""Two models and some data: how near are they?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.modeling_utils import unwrap_model
+
+from merge_callback.batches import Batch, input_device
+from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
+from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
+from merge_callback.verification.rebuilt import computing_on, rebuild
+
+
+def compare(
+    live: nn.Module | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    batches: Iterable[Batch],
+) -> Comparison:
+    """Compare what a directory says with what a model, or another directory, says.
+
+    Args:
+        live: a model, which is left as it was; with an adapter, its base is compared too. Or a
+            directory.
+        directory: one that `from_pretrained` loads, as those that a merge writes. It is loaded on
+            the CPU, and computes where `live` does.
+        batches: dicts of tensors as the models' forward takes them; labels of -100 do not count.
+
+    Raises:
+        CorruptVersion: a directory does not load whole.
+    """
+    base = None
+    model: Any
+    if isinstance(live, nn.Module):
+        unwrapped = unwrap_model(live)
+        model = unwrapped
+        if isinstance(unwrapped, PeftModel):
+            model = unwrapped.get_base_model()
+            base = Speaker(model, input_device(model), partial(without_adapters, unwrapped))
+    else:
+        model = rebuild(live)
+    device = input_device(model)
+    other = rebuild(directory, type(model))
+    with torch.no_grad(), generators_kept(), evaluating(model), computing_on(other, device):
+        speakers = {"other": Speaker(other, device)}
+        return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]

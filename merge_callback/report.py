@@ -1,0 +1,102 @@
+"""Figures of a merge, as a table and as JSON. Knows nothing of models.
+
+`manifest` is what stands in merge_manifest.json, `tensors` method -> weight -> its figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Manifest = Mapping[str, Any]
+Tensors = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+
+_SHOWN = 10  # tensors in the table
+
+
+def write_report(directory: Path, manifest: Manifest, tensors: Tensors) -> None:
+    """Write merge_report.json and merge_report.md, and merge_report.png where matplotlib is."""
+    whole = {**manifest, "tensors": tensors}
+    (directory / "merge_report.json").write_text(json.dumps(whole, indent=2) + "\n")
+    (directory / "merge_report.md").write_text(report_text(manifest, tensors))
+    try:
+        from merge_callback.plot import draw
+    except ImportError:  # the extra `plot` is not installed
+        return
+    draw(directory / "merge_report.png", manifest, tensors)
+
+
+def figures_table(manifest: Manifest) -> str:
+    """Losses of base, live and merged models, and how near the last two are; Markdown."""
+    checked = manifest.get("verification") or {}
+    models = checked.get("models") or {}
+    rows = [
+        f"| {method} | {_number(found['loss_base'])} | {_number(found['loss_live'])} | "
+        f"{_number(found['loss'])} | {_percent(found['gain_kept'])} | "
+        f"{_number(found['kl'], 5)} | {_percent(found['agreement'])} |"
+        for method, found in models.items()
+        if "rows" in found
+    ]
+    if not rows:
+        return "Outputs were not compared with the live model's."
+    head = (
+        "| | loss, base | loss, trained | loss, merged | gain kept | KL | same first choice |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    count = next(found["rows"] for found in models.values() if "rows" in found)
+    note = (
+        f"Measured on {count} predictions of {checked['data']}. KL(trained \\|\\| merged) is in "
+        "nats a prediction; gain kept is (base - merged) / (base - trained), in loss, and is left "
+        "out where training gained less than the measurement can tell."
+    )
+    return "\n".join([head, *rows, "", note])
+
+
+def report_text(manifest: Manifest, tensors: Tensors) -> str:
+    """The report for people, Markdown."""
+    base = manifest["base"]["id"] or "a base made in memory"
+    parts = [
+        f"# Merge of step {manifest['step']}" if manifest["step"] is not None else "# Merge",
+        f"{', '.join(manifest['save_methods'])} of {base}, adapter "
+        f"{', '.join(manifest['adapters'])}, {manifest['created']}"
+        + (f", rounding {manifest['rounding']}" if manifest["rounding"] else "")
+        + ".",
+        figures_table(manifest),
+    ]
+    problems = (manifest.get("verification") or {}).get("problems") or ()
+    if problems:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        parts.append(f"**Published in spite of:**\n\n{lines}")
+    for method, by_name in tensors.items():
+        parts.append(f"## {method}\n\n{_tensor_table(by_name)}")
+    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in manifest["seconds"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    parts.append(f"{seconds}.\n\n{versions}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _tensor_table(tensors: Mapping[str, Mapping[str, float | None]]) -> str:
+    trained = {key: found for key, found in tensors.items() if found["retention"] is not None}
+    ordered = sorted(trained, key=lambda key: trained[key]["retention"] or 0.0)
+    rows = [
+        f"| {key} | {_number(trained[key]['retention'], 3)} | {_number(trained[key]['error'], 4)} |"
+        for key in ordered[:_SHOWN]
+    ]
+    if not rows:
+        return "The adapter changes no weight."
+    said = (
+        f"{len(tensors)} weights, {len(trained)} of them changed by the adapter; those that kept "
+        "least of it first. Retention is how much of the change arrived, error how far the file is "
+        "from the exact sum, as a share of it."
+    )
+    return "\n".join([said, "", "| weight | retention | error |", "|---|---|---|", *rows])
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,217 @@
+"""What models say to the same tokens: losses, divergence, agreement. Knows nothing of weights.
+
+A row is what one prediction is made from: a token, or a sequence that is classified as a whole. All
+figures are means over the rows that count: those whose label training looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from merge_callback.batches import Batch, model_inputs, split_batch, token_mask
+
+_PIECE = 1024  # tokens that a model is given at once, or one sequence
+_ROWS = 256  # compared at once, in float32
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How near a model comes to the live one.
+
+    Attributes:
+        rows: how many predictions were compared.
+        loss_base: of the base without its adapter, in nats a row; squared error for one output.
+        loss_live: of the live model.
+        loss: of the model itself. All three are None without labels.
+        gain_kept: (loss_base - loss) / (loss_base - loss_live); None where loss_base - loss_live is
+            within its own standard error, taken over sequences.
+        kl: KL(live || model) in nats a row; None where outputs are no scores of classes.
+        agreement: how often both have the same class in front.
+        error: |live - model| / |live| of all outputs.
+    """
+
+    rows: int
+    loss_base: float | None
+    loss_live: float | None
+    loss: float | None
+    gain_kept: float | None
+    kl: float | None
+    agreement: float | None
+    error: float
+
+
+@dataclass
+class Speaker:
+    """A model that answers.
+
+    Attributes:
+        model: it.
+        device: where it computes.
+        within: entered around each of its answers.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> Tensor:
+        """The logits of a batch, or its first outputs where there are none."""
+        with self.within():
+            found = self.model(**model_inputs(self.model, batch, self.device))
+        logits = getattr(found, "logits", None)
+        if isinstance(logits, Tensor):
+            return logits
+        values = found.values() if isinstance(found, Mapping) else found
+        return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def compare_outputs(
+    live: Speaker, base: Speaker | None, others: Mapping[str, Speaker], batches: Iterable[Batch]
+) -> dict[str, Comparison]:
+    """Compare models with the live one; each runs once over each batch."""
+    sums = {name: _Sums() for name in others}
+    ground = _Sums()  # the base's
+    for batch in batches:
+        for piece in split_batch(batch, _PIECE):
+            spoken = live.outputs(piece)
+            targets = targets_of(live.model, piece, spoken)
+            rows = _Rows(spoken, targets, token_mask(piece))
+            if base is not None:
+                ground.add(rows, base.outputs(piece))
+            for name, other in others.items():
+                sums[name].add(rows, other.outputs(piece))
+    return {name: found.against(None if base is None else ground) for name, found in sums.items()}
+
+
+def targets_of(model: PreTrainedModel, batch: Batch, outputs: Tensor) -> Tensor | None:
+    """What each row of the outputs should have said, -100 for those that do not count."""
+    labels = batch.get("labels")
+    generates = model.can_generate() and not model.config.is_encoder_decoder
+    if labels is None and generates and isinstance(batch.get("input_ids"), Tensor):
+        mask = token_mask(batch)
+        ids: Tensor = batch["input_ids"]
+        labels = ids if mask is None else ids.masked_fill(~mask, _IGNORED)
+    if not isinstance(labels, Tensor):
+        return None
+    if generates:
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+    return labels if labels.numel() * outputs.shape[-1] == outputs.numel() else None
+
+
+class _Rows:
+    """The live model's answers that count, and what they should have been."""
+
+    def __init__(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None):
+        self._device = outputs.device
+        count = outputs.numel() // outputs.shape[-1]
+        counted = torch.ones(count, dtype=torch.bool)
+        if targets is not None:
+            counted = targets.flatten().cpu() != _IGNORED
+        elif mask is not None and mask.numel() == count:
+            counted = mask.flatten().cpu()
+        self._counted = counted.nonzero()[:, 0]
+        sequence = torch.arange(count) // max(1, count // len(outputs))
+        self.sequence = sequence[self._counted]
+        self.scores_classes = outputs.shape[-1] > 1 and (outputs.dim() == 2 or targets is not None)
+        self.targets = None if targets is None else targets.flatten().cpu()[self._counted]
+        self.live = outputs
+
+    def __len__(self) -> int:
+        return len(self._counted)
+
+    def parts(self, other: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+        """Matching rows (live, other, target), a few at a time in float32."""
+        mine, theirs = (o.reshape(-1, o.shape[-1]) for o in (self.live, other))
+        for index in torch.split(torch.arange(len(self)), _ROWS):
+            where = self._counted[index]
+            target = None if self.targets is None else self.targets[index].to(self._device)
+            yield (
+                mine[where.to(mine.device)].float(),
+                theirs[where.to(theirs.device)].float().to(self._device),
+                target,
+            )
+
+
+@dataclass
+class _Sums:
+    """Sums over rows for one model."""
+
+    rows: int = 0
+    kl: float = 0.0
+    agreed: float = 0.0
+    apart: float = 0.0
+    size: float = 0.0
+    classes: bool = True
+    # One for each sequence: summed losses of the live model and of this one, and their rows.
+    losses: list[tuple[float, float, int]] = field(default_factory=list)
+
+    def add(self, rows: _Rows, outputs: Tensor) -> None:
+        """Add what a model makes of the rows."""
+        self.rows += len(rows)
+        self.classes = self.classes and rows.scores_classes
+        mine, theirs = [], []
+        for live, other, target in rows.parts(outputs):
+            self.apart += float((live - other).pow(2).sum())
+            self.size += float(live.pow(2).sum())
+            if target is not None:
+                mine.append(_loss(live, target))
+                theirs.append(_loss(other, target))
+            if rows.scores_classes:
+                logs = [torch.log_softmax(scores, -1) for scores in (live, other)]
+                self.kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+                self.agreed += float((live.argmax(-1) == other.argmax(-1)).sum())
+        if mine:
+            first, second = (torch.cat(losses) for losses in (mine, theirs))
+            for sequence in sorted(set(rows.sequence.tolist())):
+                of = rows.sequence == sequence
+                self.losses.append((float(first[of].sum()), float(second[of].sum()), int(of.sum())))
+
+    def against(self, base: _Sums | None) -> Comparison:
+        """The figures, with `base` for the model that nothing was added to."""
+        rows = max(1, self.rows)
+        live = loss = ground = gain = None
+        if self.losses:
+            live, loss = (sum(part[i] for part in self.losses) / rows for i in (0, 1))
+        if base is not None and base.losses and live is not None and loss is not None:
+            ground = sum(part[1] for part in base.losses) / rows
+            if abs(ground - live) > base.error_of_the_difference():
+                gain = (ground - loss) / (ground - live)
+        return Comparison(
+            rows=self.rows,
+            loss_base=ground,
+            loss_live=live,
+            loss=loss,
+            gain_kept=gain,
+            kl=self.kl / rows if self.classes else None,
+            agreement=self.agreed / rows if self.classes else None,
+            error=math.sqrt(self.apart / self.size) if self.size else 0.0,
+        )
+
+    def error_of_the_difference(self) -> float:
+        """The standard error of the difference of both mean losses, over sequences."""
+        count, rows = len(self.losses), self.rows
+        if count < 2:
+            return math.inf
+        mean = sum(other - live for live, other, _ in self.losses) / rows
+        spread = sum((other - live - mean * n) ** 2 for live, other, n in self.losses)
+        return math.sqrt(spread * count / (count - 1)) / rows
+
+
+def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One for each row, float64 on the CPU."""
+    if outputs.shape[-1] == 1:
+        loss = (outputs[:, 0] - targets.to(outputs.dtype)).pow(2)
+    else:
+        loss = nn.functional.cross_entropy(outputs, targets.long(), reduction="none")
+    return loss.double().cpu()

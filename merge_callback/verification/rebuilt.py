@@ -1,0 +1,129 @@
+"""The model that stock transformers makes of a directory; its weights stay on the disk.
+
+On the CPU a loaded tensor is a view of the mapped file: it takes no memory that could not be taken
+back. For a device the layers are copied there one at a time, when they compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from merge_callback.errors import CorruptVersion
+from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.stand_ins import standing_in
+
+_SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
+
+
+def rebuild(
+    path: str | os.PathLike[str], model_class: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
+    """Load a directory on the CPU, in eval mode.
+
+    Args:
+        model_class: None: the one that its config names.
+
+    Raises:
+        CorruptVersion: it does not load, or not every tensor has its place.
+    """
+    path = Path(path)
+    try:
+        kind: Any = model_class or _named_class(path)
+        with _no_progress_bar():
+            model, found = kind.from_pretrained(
+                path, device_map={"": "cpu"}, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # whatever it is: nobody else could load it either
+        raise CorruptVersion(f"{path} does not load: {error}") from error
+    told = {
+        what: sorted(map(str, found.get(what) or ()))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    }
+    if any(told.values()):
+        problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
+        raise CorruptVersion(f"{path} does not load whole: {problems}")
+    keep_cpu_weights_unpacked(model)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@contextlib.contextmanager
+def computing_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Let a model on the CPU compute on `device`: whole if it fits, else a layer at a time."""
+    if device.type == "cpu":
+        yield
+    elif _fits(model, device):
+        model.to(device)  # type: ignore[arg-type]
+        yield
+    else:
+        with layer_by_layer(model, device):
+            yield
+
+
+@contextlib.contextmanager
+def layer_by_layer(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Compute on `device` with copies of layers that last for one call each."""
+    visits = {name: _visit(model.get_submodule(name), device) for name in _layers(model)}
+    with standing_in(model, visits):
+        yield
+
+
+def _visit(layer: nn.Module, device: torch.device) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        there: Any = copy.deepcopy(layer)
+        del there.forward  # this function
+        return there.to(device)(*args, **kwargs)
+
+    return forward
+
+
+def _layers(module: nn.Module, name: str = "") -> Iterator[str]:
+    """Members of lists of modules, and modules beside them that hold tensors of their own."""
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if held and name:
+        yield name
+        return
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if isinstance(module, nn.ModuleList):
+            yield full
+        else:
+            yield from _layers(child, full)
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    nbytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    return torch.cuda.mem_get_info(device)[0] > _SPARE * nbytes
+
+
+def _named_class(path: Path) -> Any:
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    (name, *_) = config.architectures or ("",)
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"its config names no class of transformers, but {name!r}")
+    return found
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

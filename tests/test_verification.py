@@ -1,0 +1,521 @@
+"""Faults put in on purpose are found and named before anything is published; figures are exact."""
+
+import json
+import logging
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
+from peft import LoraConfig, get_peft_model
+from test_calibration import batches, quantised
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from merge_callback import (
+    CorruptVersion,
+    MergeError,
+    MergeRefused,
+    MergeStore,
+    VerificationError,
+    compare,
+    merge_adapter,
+)
+from merge_callback.adapters import lora
+from merge_callback.codecs import plain
+from merge_callback.store import Draft
+from merge_callback.verification import checks, outputs, rebuilt
+from merge_callback.verification.outputs import Speaker, compare_outputs
+from merge_callback.verification.rebuilt import layer_by_layer, rebuild
+
+METHODS = ["merged_4bit", "merged_16bit"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    return qlora(tmp_path)
+
+
+def refused(tmp_path, model, error=VerificationError, **settings):
+    """What is said of a merge that is not published."""
+    with pytest.raises(error) as caught:
+        merge_adapter(model, tmp_path / "out", progress=False, **settings)
+    assert MergeStore(tmp_path / "out").versions() == []
+    assert list((tmp_path / "out").iterdir()) == []
+    return str(caught.value)
+
+
+def before_sealing(monkeypatch, change):
+    """Change a draft when it is whole, but for its report."""
+    seal = Draft.seal
+
+    def changed(self):
+        if not (self.path / "merge_report.json").exists():
+            change(self.path)
+        seal(self)
+
+    monkeypatch.setattr(Draft, "seal", changed)
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight"])
+def test_bytes_that_changed_on_the_disk(tmp_path, model, monkeypatch, method, name):
+    def damage(path):
+        file = path / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        size = int.from_bytes(data[:8], "little")
+        start, end = json.loads(data[8 : 8 + size])[f"model.{name}"]["data_offsets"]
+        for index in range(8 + size + start, 8 + size + end):
+            data[index] ^= 0x2A
+        file.write_bytes(data)
+
+    before_sealing(monkeypatch, damage)
+    said = refused(tmp_path, model, CorruptVersion, save_method=method)
+    assert "model.safetensors is not what was written" in said
+    assert f"model.{name}" in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_that_is_left_out_of_one_layer(tmp_path, model, monkeypatch, method):
+    left_out = model.get_base_model().model.layers[1].self_attn.k_proj
+    whole = lora.updates
+    monkeypatch.setattr(lora, "updates", lambda layer: () if layer is left_out else whole(layer))
+    said = refused(tmp_path, model, save_method=method)
+    assert "model.layers.1.self_attn.k_proj: what is merged differs" in said
+    assert said.count("differs") == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_a_scaling_that_is_wrong(tmp_path, monkeypatch, settings):
+    model = qlora(tmp_path, **settings)
+    scaled = model.get_base_model().model.layers[0].mlp.down_proj
+    whole = lora.updates
+
+    def wrong(layer):
+        if layer is scaled:
+            layer.scaling["default"] *= 1.1
+        try:
+            return whole(layer)
+        finally:
+            if layer is scaled:
+                layer.scaling["default"] /= 1.1
+
+    monkeypatch.setattr(lora, "updates", wrong)
+    said = refused(tmp_path, model)
+    assert "model.layers.0.mlp.down_proj: what is merged differs" in said
+    assert said.count("differs") == 1
+
+
+def test_shards_that_are_swapped(tmp_path, model, monkeypatch):
+    def swap(path):
+        one, other = sorted(path.glob("model-*.safetensors"))[:2]
+        one.rename(path / "aside")
+        other.rename(one)
+        (path / "aside").rename(other)
+
+    before_sealing(monkeypatch, swap)
+    said = refused(
+        tmp_path, model, CorruptVersion, save_method="merged_16bit", max_shard_size="200KB"
+    )
+    assert "model-00001-of-" in said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_that_are_written_as_each_other(tmp_path, model, monkeypatch, method):
+    from merge_callback.shards import CheckpointWriter
+
+    write, first = CheckpointWriter.write, {}
+
+    def swapped(self, name, tensor):  # two weights of one shape change places
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            other = first.setdefault(name.split(".mlp.")[0], tensor)
+            tensor = other
+        write(self, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", swapped)
+    said = refused(tmp_path, model, save_method=method)
+    assert re.search(r"not what was merged: model\.layers\.\d\.mlp\.(up|gate)_proj\.weight", said)
+
+
+def test_a_conv1d_that_is_transposed(tmp_path, monkeypatch):
+    config = GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=304, n_positions=64)
+    torch.manual_seed(1)
+    GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / "base")
+    model = adapt(load_base(tmp_path / "base", "nf4"), target_modules=["c_attn", "c_fc"])
+    merge_adapter(model, tmp_path / "right", save_method="merged_16bit")
+
+    def untransposed(self, name, weight):
+        square = self.transposed and weight.shape[0] == weight.shape[1]
+        turned = weight.t() if self.transposed and not square else weight
+        return {name: turned.to(self.dtype).contiguous()}
+
+    monkeypatch.setattr(plain.Plain, "encode", untransposed)
+    said = refused(tmp_path, model, save_method="merged_16bit")
+    assert "transformer.h.0.attn.c_proj.weight (off by 1.4)" in said
+    assert "transformer.h.1.attn.c_proj.weight" in said and "c_fc" not in said
+
+
+def test_a_tokenizer_that_is_another_one(tmp_path, model, monkeypatch):
+    given, other = tokenizer(), tokenizer()
+    other.add_tokens(["w1 w2", "new"])
+    monkeypatch.setattr(given, "save_pretrained", other.save_pretrained)
+    said = refused(tmp_path, model, processing_class=given)
+    assert "the tokenizer saved there is not the one of the training" in said
+
+
+def test_a_tied_head_that_is_untied(tmp_path, model, monkeypatch):
+    def untie(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+    before_sealing(monkeypatch, untie)
+    assert "missing_keys: lm_head.weight" in refused(tmp_path, model)
+
+
+def test_a_file_that_does_not_load(tmp_path, model, monkeypatch):
+    before_sealing(monkeypatch, lambda path: (path / "config.json").write_text("{"))
+    assert "does not load" in refused(tmp_path, model)
+
+
+def test_a_broken_file_is_published_when_only_a_warning_is_wanted(
+    tmp_path, model, monkeypatch, caplog
+):
+    monkeypatch.setattr(lora, "updates", lambda layer: ())
+    result = merge_adapter(model, tmp_path / "out", verify="warn")
+    assert len(result.manifest["verification"]["problems"]) == 14
+    assert "what is merged differs" in caplog.text
+    assert "Published in spite of" in (result.path / "merge_report.md").read_text()
+    assert merge_adapter(model, tmp_path / "out", verify=False).manifest["verification"] is None
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+def test_less_than_what_was_asked_for_is_not_published(tmp_path):
+    model = qlora(tmp_path, scale=1e-3)
+    settings = {"rounding": "nearest", "verification_data": batches(4)}
+    found = merge_adapter(model, tmp_path / "all", **settings).manifest["verification"]
+    figures = found["models"]["merged_4bit"]
+    assert found["data"] == "held-out data" and found["problems"] == []
+    for limit in ({"min_gain_kept": figures["gain_kept"] + 0.01}, {"max_kl": figures["kl"] * 0.9}):
+        said = refused(tmp_path, model, **settings, **limit)
+        assert "model.layers." in said and "rounding='tuned'" in said
+        assert len(said) < 1200  # one screen
+    met = {"min_gain_kept": figures["gain_kept"] - 0.01, "max_kl": figures["kl"] * 1.1}
+    merge_adapter(model, tmp_path / "out", **settings, **met)
+
+
+def test_figures_that_cannot_be_had_are_not_met(tmp_path, model):
+    assert "nothing to compare outputs on" in refused(tmp_path, model, max_kl=1.0)
+    with pytest.raises(MergeRefused, match="need verify=True"):
+        merge_adapter(model, tmp_path / "out", verify=False, max_kl=1.0)
+
+
+def test_outputs_that_are_not_finite_are_broken(tmp_path, model, monkeypatch):
+    def overflow(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": float("nan")}))
+
+    before_sealing(monkeypatch, overflow)
+    said = refused(tmp_path, model, verification_data=batches(1))
+    assert "outputs are not finite" in said
+
+
+def test_a_comparison_that_fails_is_no_fault_of_the_files(tmp_path, model, monkeypatch, caplog):
+    def fail(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(checks, "compare_outputs", fail)
+    result = merge_adapter(model, tmp_path / "out", verification_data=batches(1))
+    assert result.manifest["verification"]["data"] is None
+    assert "none left" in caplog.text
+
+
+# --- what is compared ---------------------------------------------------------------------------
+
+
+def test_the_live_model_is_as_it_was(tmp_path):
+    model = qlora(tmp_path, lora_dropout=0.1).train()
+    adapt(model, seed=5, name="other")
+    model.set_adapter("default")
+    model.train()
+    for name, parameter in model.named_parameters():  # PEFT itself would set these anew
+        if "other" in name:
+            parameter.requires_grad_(True)
+    before = snapshot(model)
+    merge_adapter(model, tmp_path / "out", save_method=METHODS, verification_data=batches(2))
+    assert same(before, snapshot(model))
+
+
+def test_figures_are_those_of_the_models_themselves(tmp_path, model):
+    data = batches(3)
+    data[1]["attention_mask"][:, 20:] = 0
+    data[2]["labels"] = data[2]["input_ids"].masked_fill(data[2]["input_ids"] % 2 == 0, -100)
+    path = merge_adapter(model, tmp_path / "out", verify=False).path
+    found = compare(model, path, data)
+    other, rows, sums = rebuild(path), 0, torch.zeros(5, dtype=torch.float64)
+    for batch in data:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        labels = batch.get("labels", batch["input_ids"])[:, 1:].clone()
+        if "labels" not in batch:
+            labels[batch["attention_mask"][:, 1:] == 0] = -100
+        with torch.no_grad(), model.disable_adapter():
+            base = model(**inputs).logits
+        with torch.no_grad():
+            logs = [
+                torch.log_softmax(logits[:, :-1].double(), -1)
+                for logits in (base, model(**inputs).logits, other(**inputs).logits)
+            ]
+        counted = labels != -100
+        rows += int(counted.sum())
+        for index, log in enumerate(logs):
+            loss = -log.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+            sums[index] += loss[counted].sum()
+        sums[3] += (logs[1].exp() * (logs[1] - logs[2])).sum(-1)[counted].sum()
+        sums[4] += (logs[1].argmax(-1) == logs[2].argmax(-1))[counted].sum()
+    wanted = (sums / rows).tolist()
+    assert found.rows == rows
+    mine = [found.loss_base, found.loss_live, found.loss, found.kl, found.agreement]
+    assert torch.allclose(torch.tensor(mine), torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+    gain = (wanted[0] - wanted[2]) / (wanted[0] - wanted[1])
+    assert found.gain_kept == pytest.approx(gain, rel=1e-3)
+
+
+def test_a_gain_within_its_own_error_is_not_told(tmp_path):
+    model = qlora(tmp_path, scale=1e-9)
+    found = compare(model, merge_adapter(model, tmp_path / "out").path, batches(2))
+    assert found.loss_base is not None and found.gain_kept is None
+    one = [{"input_ids": torch.arange(3, 40)[None]}]  # one sequence says nothing of its error
+    model = qlora(tmp_path, scale=0.1)
+    assert compare(model, tmp_path / "out" / "merged", one).gain_kept is None
+
+
+def test_equal_models_are_equal(tmp_path, model):
+    path = merge_adapter(model, tmp_path / "out").path
+    found = compare(path, path, batches(2))
+    assert (found.kl, found.agreement, found.error) == (0.0, 1.0, 0.0)
+    assert found.loss == found.loss_live and found.loss_base is None
+
+
+def test_each_model_runs_once_over_the_data(tmp_path, model, monkeypatch):
+    answered, data = [], batches(4)
+    monkeypatch.setattr(
+        outputs.Speaker,
+        "outputs",
+        lambda self, batch, whole=Speaker.outputs: answered.append(self) or whole(self, batch),
+    )
+    monkeypatch.setattr(outputs, "_PIECE", 64)  # two sequences
+    merge_adapter(model, tmp_path / "out", save_method=METHODS, verification_data=data)
+    assert [answered.count(speaker) for speaker in answered] == [8] * 4 * 8
+    assert len({id(speaker) for speaker in answered}) == 4  # live, base, and two others
+
+
+def test_layers_that_are_copied_when_they_compute_say_the_same(tmp_path, model):
+    paths = merge_adapter(model, tmp_path / "out", save_method=METHODS).paths
+    for path in paths.values():
+        other = rebuild(path)
+        before = {name: p.data_ptr() for name, p in other.named_parameters()}
+        inputs = batches(1)[0]["input_ids"]
+        with torch.no_grad():
+            plain_logits = other(inputs).logits
+            with layer_by_layer(other, torch.device("cpu")):
+                assert torch.equal(other(inputs).logits, plain_logits)
+        assert before == {name: p.data_ptr() for name, p in other.named_parameters()}
+        assert not any("forward" in vars(module) for module in other.modules())
+
+
+def test_one_layer_is_there_at_a_time(tmp_path, model, monkeypatch):
+    other = rebuild(merge_adapter(model, tmp_path / "out").path)
+    alive, most = set(), []
+    visit = rebuilt.copy.deepcopy
+
+    def watched(layer, *args):
+        made = visit(layer, *args)
+        if isinstance(layer, torch.nn.Module) and not args:
+            key = object()
+            alive.add(key)
+            weakref.finalize(made, alive.discard, key)
+            most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(rebuilt.copy, "deepcopy", watched)
+    with torch.no_grad(), layer_by_layer(other, torch.device("cpu")):
+        other(batches(1)[0]["input_ids"])
+    assert len(most) >= 5 and max(most) == 1  # embedding, two blocks, norm, head and more
+
+
+def test_a_rebuilt_model_lies_on_the_disk(tmp_path):
+    """Its weights are the mapped file: nothing is copied to memory."""
+    path = save_base(tmp_path / "base", hidden_size=512, intermediate_size=4096, vocab_size=4096)
+    size = (path / "model.safetensors").stat().st_size
+    model = rebuild(path)
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    inside = sum(
+        parameter.nbytes
+        for parameter in model.parameters()
+        if any(low <= parameter.data_ptr() < high for low, high in ranges)
+    )
+    assert inside > 0.99 * size
+
+
+def test_a_part_of_the_training_data_is_kept_apart(tmp_path, model):
+    seen = merge_adapter(
+        model, tmp_path / "out", rounding="calibrated", calibration_data=batches(16)
+    ).manifest
+    assert seen["verification"]["data"] == "training data that calibration did not see"
+    rows = seen["verification"]["models"]["merged_4bit"]["rows"]
+    assert rows == 2 * 4 * 31  # an eighth
+    assert seen["calibration"]["tokens"] == 14 * 4 * 32
+    plain = merge_adapter(model, tmp_path / "out", rounding="nearest", calibration_data=batches(16))
+    assert plain.manifest["verification"]["data"] == "training data"
+
+
+def test_data_that_cannot_be_used_costs_the_comparison_alone(tmp_path, model, caplog):
+    result = merge_adapter(model, tmp_path / "out", verification_data=["no batch"])
+    assert result.manifest["verification"]["data"] is None
+    assert "evaluation data cannot be used" in caplog.text
+
+
+# --- other tasks --------------------------------------------------------------------------------
+
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 304,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_sequence_classification(tmp_path, kind):
+    torch.manual_seed(2)
+    if kind == "llama":
+        config = LlamaConfig(**TINY, num_labels=3, pad_token_id=0)
+        whole = LlamaForSequenceClassification(config)
+    else:
+        whole = BertForSequenceClassification(BertConfig(**TINY, num_labels=3))
+    targets = ["q_proj", "v_proj"] if kind == "llama" else ["query", "value"]
+    whole.save_pretrained(tmp_path / "base")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapter = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets)
+    model = get_peft_model(loaded, adapter)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    data = [{**batch, "labels": torch.tensor([0, 1, 2, 1])} for batch in batches(6)]
+    result = merge_adapter(model, tmp_path / "out", verification_data=data)
+    found = result.manifest["verification"]["models"]["merged_16bit"]
+    assert found["rows"] == 24 and found["kl"] < 1e-9 and found["agreement"] == 1.0
+    own = [model(**batch).loss.item() for batch in data]
+    assert found["loss_live"] == pytest.approx(sum(own) / 6, rel=1e-5)
+    assert abs(found["loss_base"] - found["loss_live"]) > 1e-3
+
+
+def test_sequence_to_sequence(tmp_path):
+    torch.manual_seed(2)
+    config = T5Config(
+        d_model=128, d_kv=32, d_ff=192, num_layers=2, num_heads=4, vocab_size=304,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        loaded, LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q", "v"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    data = [{**batch, "labels": batch["input_ids"][:, :7].clone()} for batch in batches(4)]
+    data[0]["labels"][:, 5:] = -100
+    result = merge_adapter(model, tmp_path / "out", verification_data=data)
+    found = result.manifest["verification"]["models"]["merged_16bit"]
+    assert found["rows"] == 3 * 28 + 20 and found["kl"] < 1e-9
+    own = [model(**batch).loss.item() for batch in data]
+    wanted = sum(loss * rows for loss, rows in zip(own, (20, 28, 28, 28), strict=True)) / 104
+    assert found["loss_live"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_that_sees(tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TINY, pad_token_id=0),
+        vision_config=vision,
+        image_token_index=303,
+        image_seq_length=4,
+    )
+    torch.manual_seed(2)
+    model = quantised(
+        tmp_path, LlavaForConditionalGeneration(config), LlavaForConditionalGeneration
+    )
+    data = batches(4, vocabulary=303)
+    for index, batch in enumerate(data):
+        batch["input_ids"][:, 2:6] = 303
+        generator = torch.Generator().manual_seed(index)
+        batch["pixel_values"] = torch.randn(4, 3, 32, 32, generator=generator)
+    result = merge_adapter(model, tmp_path / "out", save_method=METHODS, verification_data=data)
+    found = result.manifest["verification"]
+    assert found["data"] == "held-out data"
+    assert found["models"]["merged_16bit"]["kl"] < 1e-3
+    assert found["models"]["merged_16bit"]["rows"] == 4 * 4 * 31
+
+
+def test_outputs_without_classes_have_an_error_alone(tmp_path):
+    from transformers import AutoModel, BertModel
+
+    torch.manual_seed(2)
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "base")
+    loaded = AutoModel.from_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        loaded,
+        LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query", "value"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    result = merge_adapter(model, tmp_path / "out", verification_data=batches(1))
+    found = result.manifest["verification"]["models"]["merged_16bit"]
+    assert 0 < found["error"] < 1e-5
+    assert found["kl"] is found["loss"] is found["gain_kept"] is None
+
+
+def test_the_verification_is_told(tmp_path, model, caplog):
+    caplog.set_level(logging.INFO)
+    merge_adapter(model, tmp_path / "out", verification_data=batches(2))
+    assert "KL" in caplog.text
+
+
+def test_compare_refuses_what_does_not_load(tmp_path, model):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(CorruptVersion, match="does not load"):
+        compare(model, tmp_path / "nothing", batches(1))
+    assert issubclass(CorruptVersion, MergeError)
+
+
+def test_speakers_compare_any_models(model):
+    live = Speaker(model.get_base_model(), torch.device("cpu"))
+    found = compare_outputs(live, None, {"same": live}, batches(1))["same"]
+    assert found.kl == 0.0 and found.loss_base is None
