@@ -143,12 +143,18 @@ def merge(rung, base, adapter, rows, work):
         return load_live(base, adapter, torch.float32).merge_and_unload(), {}
     model = load_live(base, adapter)
     if method == "requantised":
-        settings = {"save_method": "merged_16bit", "base": "original"}
+        settings = {"save_method": "merged_16bit", "base": "original", "verify": False}
         path = merge_adapter(model, work, progress=False, name=method, **settings).path
         return load_merged(path, quantization_config=four_bit(torch.float32)), {}
     data = pick(rows, int(count)) if count else None
     result = merge_adapter(
-        model, work, rounding=method, calibration_data=data, name=method, progress=False
+        model,
+        work,
+        rounding=method,
+        calibration_data=data,
+        name=method,
+        verify=False,  # scored here, and no data kept apart for it
+        progress=False,
     )
     size = sum(f.stat().st_size for f in result.path.glob("*.safetensors"))
     calibration = result.manifest["calibration"]

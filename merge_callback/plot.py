@@ -47,9 +47,8 @@ def _losses(axis: Any, found: Mapping[str, Any], method: str) -> None:
         return
     bars = axis.bar(list(shown), list(shown.values()), color=[_COLOUR_OF[name] for name in shown])
     axis.bar_label(bars, fmt="%.3f", fontsize=9)
-    low, high = min(shown.values()), max(shown.values())
-    axis.set_ylim(max(0.0, low - max(high - low, 0.02 * high)), high + 0.3 * (high - low) + 1e-3)
-    axis.set_ylabel("loss (axis does not start at 0)")
+    axis.set_ylim(0.0, 1.15 * max(shown.values()) + 1e-9)
+    axis.set_ylabel("loss")
     axis.spines[["top", "right"]].set_visible(False)
 
 
