@@ -1,6 +1,7 @@
 """How much of what was trained is left after each way to merge into 4 bits?
 
-    python benchmarks/fidelity.py [--adapter DIR --tokens FILE] [--train all|attention|dora]
+    python benchmarks/fidelity.py [--adapter DIR] [--tokens FILE]
+        [--train all|attention|dora --steps N --rate R]
         [--quant-type nf4|fp4] [--single] [--rungs peft,...] [--output DIR]
 
 SmolLM2-135M-Instruct in NF4 with double quantisation (--single: without), and a LoRA adapter: one
@@ -91,16 +92,16 @@ def help_texts(base):
     return {"calibration": rows[32:288], "heldout": rows[:32]}
 
 
-def train(base, kind, rows, output, steps):
+def train(base, kind, rows, output, steps, rate):
     """An adapter of one kind, trained on `rows`."""
     torch.manual_seed(0)
     model = load_base(base)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **KINDS[kind])).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+            group["lr"] = rate * min(1, (step + 1) / 10) * (1 - step / steps)
         batch = rows[torch.randint(0, len(rows), (4,))]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -207,6 +208,7 @@ def main():
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--train", choices=KINDS, default="all")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--quant-type", choices=["nf4", "fp4"], default="nf4")
     parser.add_argument("--single", action="store_true", help="no double quantisation")
     parser.add_argument("--rungs", default=RUNGS)
@@ -222,9 +224,10 @@ def main():
     tokens = {name: rows.long() for name, rows in tokens.items()}
     adapter = options.adapter
     if adapter is None:
-        adapter = options.output / f"adapter-{options.train}"
+        adapter = options.output / f"adapter-{options.train}-{options.rate:g}"
         if not adapter.exists():
-            train(base, options.train, tokens["calibration"], adapter, options.steps)
+            rows = tokens["calibration"]
+            train(base, options.train, rows, adapter, options.steps, options.rate)
     held = tokens["heldout"]
     model = load_live(base, adapter, torch.float32)
     head = model.get_output_embeddings().weight.detach().float()
