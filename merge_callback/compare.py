@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_utils import unwrap_model
 
 from merge_callback.batches import Batch, input_device
+from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
 from merge_callback.verification.rebuilt import computing_on, rebuild
@@ -39,6 +40,7 @@ def compare(
     model: Any
     if isinstance(live, nn.Module):
         unwrapped = unwrap_model(live)
+        keep_cpu_weights_unpacked(unwrapped)
         model = unwrapped
         if isinstance(unwrapped, PeftModel):
             model = unwrapped.get_base_model()

@@ -26,7 +26,7 @@ from merge_callback.calibration.choice import choose
 from merge_callback.card import write_card
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
-from merge_callback.live import active_adapters
+from merge_callback.live import active_adapters, keep_cpu_weights_unpacked
 from merge_callback.manifest import (
     Training,
     libraries,
@@ -198,6 +198,7 @@ def export(
         MergeError, CorruptVersion: as `merge_adapter`.
     """
     training, data = training or Training(), data or Data()
+    keep_cpu_weights_unpacked(plan.model)
     try:
         with _exact_maths(plan):
             return _export(plan, store, options, name, processing_class, training, data, last)

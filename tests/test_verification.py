@@ -262,6 +262,19 @@ def test_the_live_model_is_as_it_was(tmp_path):
     assert same(before, snapshot(model))
 
 
+def test_a_model_that_nobody_prepared_keeps_its_weights(tmp_path):
+    """On some CPUs bitsandbytes repacks weights at the first forward in eval mode."""
+    model = qlora(tmp_path)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = {"calibration_data": batches(4), "verification_data": batches(1)}
+    result = merge_adapter(model, tmp_path / "out", rounding="calibrated", **data)
+    compare(model, result.path, batches(1))
+    assert same(before, dict(model.named_parameters()))
+
+
 def test_figures_are_those_of_the_models_themselves(tmp_path, model):
     data = batches(3)
     data[1]["attention_mask"][:, 20:] = 0
