@@ -117,11 +117,7 @@ def _gives_inputs(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
     except Exception as error:  # whatever a foreign dataset raises is no reason not to train
         logger.info("the training dataset cannot be asked for batches (%s)", error)
         return False
-    return (
-        isinstance(batch, Mapping)
-        and next(_inputs(batch), None) is not None
-        and batch.keys() <= _parameters(model) | {"labels"}
-    )
+    return isinstance(batch, Mapping) and next(_inputs(batch), None) is not None
 
 
 class _LastBatches:
@@ -206,13 +202,14 @@ def hold_out(
 
 def split_batch(batch: Batch, tokens: int) -> list[Batch]:
     """Pieces of about this many tokens, at least one sequence each, where rows are sequences."""
-    shapes = [value.shape for value in batch.values() if isinstance(value, Tensor)]
-    rows = shapes[0][0]
-    if len(shapes) < len(batch) or any(shape != shapes[0] for shape in shapes):
-        return [batch]
-    at_once = max(1, tokens // shapes[0][1])
+    rows, length = next(_inputs(batch)).shape[:2]
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    split = {key for key, value in tensors.items() if value.dim() and len(value) == rows}
+    if any(value.dim() and key not in split for key, value in tensors.items()):
+        return [batch]  # its rows are no sequences: patches of images, ends of packed texts
+    at_once = max(1, tokens // length)
     return [
-        {key: value[start : start + at_once] for key, value in batch.items()}
+        {k: v[start : start + at_once] if k in split else v for k, v in batch.items()}
         for start in range(0, rows, at_once)
     ]
 

@@ -6,16 +6,23 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from merge_callback.batches import Batch, Data, TrainingData, datasets_of, drawn
+from merge_callback.batches import Batch, Data, TrainingData, datasets_of, drawn, take
 from merge_callback.companions import live_settings
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue
@@ -26,7 +33,7 @@ from merge_callback.plan import Plan, make_plan
 from merge_callback.store import MergeStore
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, Trainer
+    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +203,8 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._data is not None:  # of a training that was cut off
             self._data.close()
         self._datasets = datasets_of(train_dataloader)
+        if isinstance(self._verification_data, Iterator):  # every merge looks at it
+            self._verification_data = take(self._verification_data, self._options.verify_tokens)
         if self._options.verify or (plan.to_round() and self._options.wants_data):
             self._data = TrainingData(
                 plan.model,
@@ -276,12 +285,15 @@ class MergeOnSaveCallback(TrainerCallback):
             last=moment.last,
         )
         self.results.append(result)
-        self._log(moment, metrics(result))
         # Before the end "auto" does less than it can, so the end of training merges once more.
         if moment.last or self._options.rounding != "auto":
             self._merged = (state.global_step, moment.best_step)
         if self._keep_last is not None:
             self._prune(store, self._keep_last, state)
+        try:
+            self._log(moment, metrics(result))
+        except Exception as error:  # of a logger that lost its connection
+            logger.warning("the figures of %s could not be logged: %s", result.version, error)
 
     def _data_for(self, moment: _Moment, plan: Plan) -> Data:
         evaluation = self._verification_data
@@ -344,17 +356,17 @@ def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:
     """Add the callback to a trainer, so that its figures reach the trainer's loggers.
 
     It is put ahead of the callbacks of W&B, TensorBoard and the like, which close their runs when
-    training ends. A callback that is given to the trainer's constructor instead works as well, but
-    its figures are in `state.log_history` alone.
+    training ends. Give it to the trainer's constructor as well: only there does it see what the
+    trainer changes in the model's config. Without `attach` its figures are in `state.log_history`
+    alone.
     """
     handler = trainer.callback_handler
     if callback not in handler.callbacks:
         trainer.add_callback(callback)
-        model, state = trainer.model, trainer.state
-        callback.on_init_end(trainer.args, state, trainer.control, model=model)
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
-    callback._trainer_log = trainer.log
+    # Not trainer.log: TRL's would add its own running means to the entry, and begin them anew.
+    callback._trainer_log = partial(Trainer.log, trainer)
 
 
 def metrics(result: MergeResult) -> dict[str, float]:

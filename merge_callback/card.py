@@ -105,15 +105,15 @@ def _licence(model: PreTrainedModel) -> str | None:
     source = getattr(model.config, "_name_or_path", "") or ""
     if not source:
         return None
-    found = cached_file(
-        source,
-        "README.md",
-        revision=getattr(model.config, "_commit_hash", None),
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
     try:
+        found = cached_file(
+            source,
+            "README.md",
+            revision=getattr(model.config, "_commit_hash", None),
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         return ModelCard.load(found).data.get("license") if found else None
-    except ValueError:  # a header that is no YAML is not ours to mend
+    except (OSError, ValueError):  # it is gone, or its header is no YAML: not ours to mend
         return None

@@ -16,7 +16,6 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 
 from merge_callback.codecs.bnb4 import Bnb4
-from merge_callback.errors import MergeError
 from merge_callback.plan import Plan
 
 # What a trainer turns off or on in the live config and a user of the model wants back.
@@ -104,10 +103,6 @@ def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedC
 def _quantization_config(plan: Plan, method: str) -> BitsAndBytesConfig:
     """The config of a 4-bit checkpoint that was made of a base of more bits."""
     written = [c for c in plan.containers[method].values() if isinstance(c, Bnb4)]
-    if not written:
-        raise MergeError(
-            "the model has no linear layer to quantise; use save_method='merged_16bit'"
-        )
     asked = plan.quantization_config
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,

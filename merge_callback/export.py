@@ -173,6 +173,14 @@ def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, save
         problems += error.problems
     if problems or plan is None:
         raise MergeRefused(problems)
+    misread = [key for key, w in plan.weights.items() if getattr(w.stored, "misread_on_cpu", False)]
+    if misread:
+        logger.warning(
+            "%s and %d others have rows that are no whole blocks: on the CPU bitsandbytes computes "
+            "with other values than on a GPU, and what is trained here holds here alone",
+            misread[0],
+            len(misread) - 1,
+        )
     return plan
 
 
@@ -262,9 +270,12 @@ def _export(
         )
         try:
             write_report(draft.path, manifest, tensor_figures(kept, verification))
+        except Exception as error:  # of matplotlib, mostly: the model is worth more
+            logger.warning("the report failed: %s", error, exc_info=error)
+        try:
             _write_cards(plan, options, places, manifest, processing_class, data.datasets)
-        except Exception as error:  # of a template, of matplotlib: the model is worth more
-            logger.warning("the report or the model card failed: %s", error, exc_info=error)
+        except Exception as error:  # of a template, mostly
+            logger.warning("the model card failed: %s", error, exc_info=error)
         draft.seal()
         version = store.publish(draft, name, manifest)
     _report(plan, version, kept, clock, choice.method)

@@ -145,7 +145,7 @@ def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
         yield Weight(
             _join(path, name),
             stored,
-            linear=name == "weight" and isinstance(module, nn.Linear),
+            linear=name == "weight" and type(module) is nn.Linear,
             conv1d=not isinstance(stored, PlainWeight) and _from_conv1d(module),
             replaced=replaced or tensor.requires_grad,
         )

@@ -160,6 +160,11 @@ def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
         for method in methods
         if method != "lora"
     }
+    fours = containers.get("merged_4bit", {}).values()
+    if "merged_4bit" in methods and not any(isinstance(c, Bnb4) for c in fours):
+        raise MergeRefused(
+            ["the model has no linear layer to quantise; use save_method='merged_16bit'"]
+        )
     names = CheckpointNames(base)
     return Plan(
         model=base,

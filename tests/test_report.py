@@ -53,6 +53,18 @@ def test_the_report_holds_what_was_measured(tmp_path, model):
     ]  # fmt: skip
     assert (top / "merge_report.png").read_bytes()[:4] == b"\x89PNG"
     MergeStore(tmp_path / "out").verify("merged")
+    told = {"merge_report.json", "merge_report.md", "merge_report.png"}
+    assert told | {f"{method}/README.md" for method in METHODS} <= manifest["files"].keys()
+
+
+def test_the_least_kept_comes_first():
+    tensors = {f"w{i}": {"retention": value, "error": 0.0} for i, value in enumerate((0.9, 0.1))}
+    manifest = {
+        "step": 1, "base": {"id": "b"}, "save_methods": ["m"], "adapters": ["a"],
+        "created": "now", "rounding": None, "seconds": {}, "libraries": {},
+    }  # fmt: skip
+    text = report_text(manifest, {"m": tensors})
+    assert text.index("| w1 |") < text.index("| w0 |")
 
 
 def test_a_report_without_figures_says_so(tmp_path, model):
@@ -185,6 +197,7 @@ def test_figures_reach_tensorboard(tmp_path, given):
     settings = {"report_to": ["tensorboard"], "save_strategy": "steps", "save_steps": 2}
     run = trainer(tmp_path, *[callback] * (given == "constructor"), learning_rate=0.1, **settings)
     attach(run, callback)
+    assert run.callback_handler.callbacks.index(callback) == 0
     assert run.callback_handler.callbacks.count(callback) == 1
     run.train()
     assert [entry["step"] for entry in told(run)] == [2, 4]
@@ -210,6 +223,48 @@ def test_an_sft_run_is_compared_on_data_that_calibration_did_not_see(tmp_path):
     assert found["data"] == "training data that calibration did not see"
     assert found["models"]["merged_4bit"]["loss_live"] > 0
     assert told(run)[0]["merge/kl"] == found["models"]["merged_4bit"]["kl"]
+
+
+def test_a_logger_that_fails_fails_no_merge(tmp_path, caplog):
+    callback = MergeOnSaveCallback(rounding="nearest", keep_last=1, merge_on_save=True)
+    run = trainer(tmp_path, callback, save_strategy="steps", save_steps=2)
+
+    def fail(figures):
+        raise ConnectionError("the logger is down")
+
+    attach(run, callback)
+    callback._trainer_log = fail
+    run.train()
+    assert [result.version for result in callback.results] == ["step-00000002", "step-00000004"]
+    assert [
+        v.name for v in callback.results and MergeStore(tmp_path / "run/_merged").versions()
+    ] == ["step-00000004"]
+    assert "the logger is down" in caplog.text
+
+
+def test_the_means_of_trl_stay_its_own(tmp_path):
+    found = []
+    for attached in (False, True):
+        callback = MergeOnSaveCallback(rounding="nearest", merge_on_save=True)
+        settings = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 3}
+        run = sft(tmp_path / str(attached), callback, **settings)
+        if attached:
+            attach(run, callback)
+        run.train()
+        history = [dict(entry) for entry in run.state.log_history if "loss" in entry]
+        found.append(
+            [{k: v for k, v in e.items() if "token" in k or k == "entropy"} for e in history]
+        )
+    assert found[0] == found[1] and found[0][0]
+
+
+def test_an_iterator_of_verification_data_serves_every_merge(tmp_path):
+    callback = MergeOnSaveCallback(
+        rounding="nearest", merge_on_save=True, verification_data=iter(batches(2))
+    )
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    rows = [r.manifest["verification"]["models"]["merged_4bit"]["rows"] for r in callback.results]
+    assert rows == [2 * 4 * 31] * 2
 
 
 def test_evaluation_data_is_preferred(tmp_path):

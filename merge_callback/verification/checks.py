@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.retention import Retention
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
-from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
+from merge_callback.verification.outputs import Comparison, Silent, Speaker, compare_outputs
 from merge_callback.verification.rebuilt import computing_on, rebuild
 from merge_callback.verification.tensors import (
     Deviation,
@@ -30,6 +30,8 @@ from merge_callback.verification.tensors import (
 )
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
 _WORST = 5
@@ -79,7 +81,7 @@ def verify_models(
     """
     done = Verification()
     with generators_kept(), evaluating(plan.model), torch.no_grad():
-        done.problems += adapter_problems(plan)
+        done.problems += _done("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
         models: dict[str, PreTrainedModel] = {}
         for method, place in places.items():
             done.problems += _processor_problems(place, processing_class)
@@ -90,18 +92,22 @@ def verify_models(
             except CorruptVersion as error:
                 done.problems.append(str(error))
                 continue
-            found = deviations(plan, method, model)
-            done.deviations[method] = found
+            found: dict[str, Deviation] = {}
+            found = _done(f"{method}: its weights", partial(deviations, plan, method, model), found)
+            if found:
+                done.deviations[method] = found
             if broken := worst(found, _WORST):
                 done.problems.append(f"{method}: not what was merged: {', '.join(broken)}")
             done.problems += (f"{method}: {problem}" for problem in tie_problems(plan, model))
             models[method] = model
+        why = "there was nothing to compare outputs on"
         if batches and models and not done.problems:
-            _compare(plan, done, models, batches, data)
+            why = _compare(plan, done, models, batches, data)
     for method, comparison in done.comparisons.items():
         done.problems += _misses(method, comparison, options, kept.get(method, {}))
-    if done.data is None and (options.min_gain_kept is not None or options.max_kl is not None):
-        done.problems.append("there was nothing to compare outputs on, so no figure can be met")
+    limits = options.min_gain_kept is not None or options.max_kl is not None
+    if limits and not done.problems and len(done.comparisons) < len(models):
+        done.problems.append(f"{why}, so min_gain_kept and max_kl cannot be met")
     if done.problems and options.verify != "warn":
         raise VerificationError(done.problems)
     for problem in done.problems:
@@ -114,7 +120,7 @@ def broken_weights(plan: Plan, places: Mapping[str, Path]) -> str:
     told: list[str] = []
     for method, place in places.items():
         if method != "lora":
-            with contextlib.suppress(CorruptVersion):
+            with contextlib.suppress(Exception):  # what is known to be damaged may do anything
                 told += worst(deviations(plan, method, rebuild(place, type(plan.model))), _WORST)
     return ", ".join(told)
 
@@ -125,8 +131,8 @@ def _compare(
     models: Mapping[str, PreTrainedModel],
     batches: Sequence[Batch],
     data: str | None,
-) -> None:
-    """Let all models speak; that this fails, of memory mostly, is no fault of the files."""
+) -> str:
+    """Let all models speak; why not, if they did not. Of memory mostly: no fault of the files."""
     device = input_device(plan.model)
     live = Speaker(plan.model, device)
     base = Speaker(plan.model, device, partial(without_adapters, plan.peft_model))
@@ -137,8 +143,30 @@ def _compare(
                 stack.enter_context(computing_on(model, device))
             done.comparisons |= compare_outputs(live, base, others, batches)
         done.data = data
+    except Silent as silent:
+        done.comparisons |= silent.figures
+        done.data = data if silent.figures else None
+        for method, error in silent.errors.items():
+            if isinstance(error, torch.OutOfMemoryError):
+                return _not_compared(error)
+            done.problems.append(f"{method}: it does not run: {error}")
     except Exception as error:
-        logger.warning("outputs could not be compared (%s); weights were", error, exc_info=error)
+        return _not_compared(error)
+    return ""
+
+
+def _not_compared(error: Exception) -> str:
+    logger.warning("outputs could not be compared (%s); weights were", error, exc_info=error)
+    return f"outputs could not be compared ({error})"
+
+
+def _done(what: str, check: Callable[[], _T], otherwise: _T) -> _T:
+    """What a check finds; that it cannot be made is no finding."""
+    try:
+        return check()
+    except Exception as error:
+        logger.warning("%s could not be checked (%s)", what, error, exc_info=error)
+        return otherwise
 
 
 def _misses(
@@ -147,12 +175,18 @@ def _misses(
     """Figures that are worse than what was asked for, with the cure."""
     told = []
     least, most = options.min_gain_kept, options.max_kl
-    if found.error != found.error or (found.loss is not None and found.loss != found.loss):
+    if not found.finite:
         yield f"{method}: its outputs are not finite"
         return
-    if least is not None and found.gain_kept is not None and found.gain_kept < least:
+    if least is not None and found.gain_kept is None:
+        yield (
+            f"{method}: min_gain_kept cannot be met: on {found.rows} predictions training gained "
+            "less than its own standard error, or there was one sequence alone; give more "
+            "verification_data, or limit max_kl instead"
+        )
+    elif least is not None and found.gain_kept is not None and found.gain_kept < least:
         told.append(f"keeps {found.gain_kept:.1%} of the gain, min_gain_kept is {least:.1%}")
-    if most is not None and found.kl is not None and found.kl > most:
+    if most is not None and found.kl is not None and not found.kl <= most:
         told.append(f"KL {found.kl:.4f} nats, max_kl is {most:g}")
     if not told:
         return
@@ -172,12 +206,12 @@ def _processor_problems(place: Path, processing_class: Any) -> Iterator[str]:
         return
     try:
         loaded = type(processing_class).from_pretrained(place, local_files_only=True)
+        found = getattr(loaded, "tokenizer", loaded)
+        texts = (_PROBE_TEXT, given.decode([0, 1, 2]))
+        same = found.get_vocab() == given.get_vocab()
+        same = same and all(found.encode(text) == given.encode(text) for text in texts)
     except Exception as error:  # of code that is not ours, which may ask to be trusted
         logger.warning("%s: its tokenizer could not be loaded to compare it (%s)", place, error)
         return
-    found = getattr(loaded, "tokenizer", loaded)
-    same = found.get_vocab() == given.get_vocab() and all(
-        found.encode(text) == given.encode(text) for text in (_PROBE_TEXT, given.decode([0, 1, 2]))
-    )
     if not same:
         yield f"{place.name}: the tokenizer saved there is not the one of the training"

@@ -34,10 +34,12 @@ class Comparison:
         loss_live: of the live model.
         loss: of the model itself. All three are None without labels.
         gain_kept: (loss_base - loss) / (loss_base - loss_live); None where loss_base - loss_live is
-            within its own standard error, taken over sequences.
+            within its own standard error, taken over sequences. Above it, it is told as well where
+            training raised the loss: then it is how much of that is left.
         kl: KL(live || model) in nats a row; None where outputs are no scores of classes.
         agreement: how often both have the same class in front.
-        error: |live - model| / |live| of all outputs.
+        error: |live - model| / |live| of all outputs that are finite in both.
+        finite: no output is NaN or infinite where the live model's is finite.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class Comparison:
     kl: float | None
     agreement: float | None
     error: float
+    finite: bool
 
 
 @dataclass
@@ -65,33 +68,64 @@ class Speaker:
     within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
     @torch.no_grad()
-    def outputs(self, batch: Batch) -> Tensor:
-        """The logits of a batch, or its first outputs where there are none."""
+    def outputs(self, batch: Batch) -> tuple[Tensor, bool]:
+        """The logits of a batch; or its first outputs, and that they are no logits."""
         with self.within():
             found = self.model(**model_inputs(self.model, batch, self.device))
         logits = getattr(found, "logits", None)
         if isinstance(logits, Tensor):
-            return logits
+            return logits, True
         values = found.values() if isinstance(found, Mapping) else found
-        return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+        return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point()), False
 
 
 def compare_outputs(
     live: Speaker, base: Speaker | None, others: Mapping[str, Speaker], batches: Iterable[Batch]
 ) -> dict[str, Comparison]:
-    """Compare models with the live one; each runs once over each batch."""
+    """Compare models with the live one; each runs once over each batch.
+
+    Raises:
+        Silent: by name, models that did not answer; the figures of the others are in it.
+    """
     sums = {name: _Sums() for name in others}
     ground = _Sums()  # the base's
+    failed: dict[str, Exception] = {}
     for batch in batches:
         for piece in split_batch(batch, _PIECE):
-            spoken = live.outputs(piece)
+            spoken, are_logits = live.outputs(piece)
             targets = targets_of(live.model, piece, spoken)
-            rows = _Rows(spoken, targets, token_mask(piece))
+            classes = are_logits and spoken.shape[-1] > 1
+            classes = classes and (targets is not None or not _whole_labels(piece, spoken))
+            rows = _Rows(spoken, targets, token_mask(piece), scores_classes=classes)
             if base is not None:
-                ground.add(rows, base.outputs(piece))
+                ground.add(rows, base.outputs(piece)[0])
             for name, other in others.items():
-                sums[name].add(rows, other.outputs(piece))
-    return {name: found.against(None if base is None else ground) for name, found in sums.items()}
+                try:
+                    if name not in failed:
+                        sums[name].add(rows, other.outputs(piece)[0])
+                except Exception as error:
+                    failed[name] = error
+    figures = {
+        name: found.against(None if base is None else ground)
+        for name, found in sums.items()
+        if name not in failed
+    }
+    if failed:
+        raise Silent(failed, figures)
+    return figures
+
+
+class Silent(Exception):
+    """Models did not answer where the live one did."""
+
+    def __init__(self, errors: Mapping[str, Exception], figures: Mapping[str, Comparison]):
+        self.errors, self.figures = errors, figures
+        super().__init__("; ".join(f"{name}: {error}" for name, error in errors.items()))
+
+
+def _whole_labels(batch: Batch, outputs: Tensor) -> bool:
+    """Whether outputs are of sequences as a whole, and their labels no classes; or of tokens."""
+    return "labels" in batch if outputs.dim() == 2 else True
 
 
 def targets_of(model: PreTrainedModel, batch: Batch, outputs: Tensor) -> Tensor | None:
@@ -112,7 +146,14 @@ def targets_of(model: PreTrainedModel, batch: Batch, outputs: Tensor) -> Tensor 
 class _Rows:
     """The live model's answers that count, and what they should have been."""
 
-    def __init__(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None):
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        *,
+        scores_classes: bool,
+    ):
         self._device = outputs.device
         count = outputs.numel() // outputs.shape[-1]
         counted = torch.ones(count, dtype=torch.bool)
@@ -123,7 +164,7 @@ class _Rows:
         self._counted = counted.nonzero()[:, 0]
         sequence = torch.arange(count) // max(1, count // len(outputs))
         self.sequence = sequence[self._counted]
-        self.scores_classes = outputs.shape[-1] > 1 and (outputs.dim() == 2 or targets is not None)
+        self.scores_classes = scores_classes
         self.targets = None if targets is None else targets.flatten().cpu()[self._counted]
         self.live = outputs
 
@@ -153,6 +194,7 @@ class _Sums:
     apart: float = 0.0
     size: float = 0.0
     classes: bool = True
+    finite: bool = True
     # One for each sequence: summed losses of the live model and of this one, and their rows.
     losses: list[tuple[float, float, int]] = field(default_factory=list)
 
@@ -162,14 +204,17 @@ class _Sums:
         self.classes = self.classes and rows.scores_classes
         mine, theirs = [], []
         for live, other, target in rows.parts(outputs):
-            self.apart += float((live - other).pow(2).sum())
-            self.size += float(live.pow(2).sum())
+            both = live.isfinite() & other.isfinite()
+            self.finite = self.finite and not bool((live.isfinite() & ~other.isfinite()).any())
+            self.apart += float((live - other)[both].pow(2).sum())
+            self.size += float(live[both].pow(2).sum())
             if target is not None:
                 mine.append(_loss(live, target))
                 theirs.append(_loss(other, target))
             if rows.scores_classes:
                 logs = [torch.log_softmax(scores, -1) for scores in (live, other)]
-                self.kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+                terms = logs[0].exp() * (logs[0] - logs[1])
+                self.kl += float(terms[logs[0] > -math.inf].sum())  # what cannot be said adds none
                 self.agreed += float((live.argmax(-1) == other.argmax(-1)).sum())
         if mine:
             first, second = (torch.cat(losses) for losses in (mine, theirs))
@@ -196,6 +241,7 @@ class _Sums:
             kl=self.kl / rows if self.classes else None,
             agreement=self.agreed / rows if self.classes else None,
             error=math.sqrt(self.apart / self.size) if self.size else 0.0,
+            finite=self.finite,
         )
 
     def error_of_the_difference(self) -> float:

@@ -42,7 +42,11 @@ def rebuild(
         kind: Any = model_class or _named_class(path)
         with _no_progress_bar():
             model, found = kind.from_pretrained(
-                path, device_map={"": "cpu"}, local_files_only=True, output_loading_info=True
+                path,
+                device_map={"": "cpu"},
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # then they are named
             )
     except Exception as error:  # whatever it is: nobody else could load it either
         raise CorruptVersion(f"{path} does not load: {error}") from error
