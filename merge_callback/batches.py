@@ -26,6 +26,16 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
+# What a batch is made of, (rows, length, ...): the first that is there tells how many tokens.
+_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "input_features",
+    "input_values",
+    "pixel_values",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -117,7 +127,8 @@ def _gives_inputs(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
     except Exception as error:  # whatever a foreign dataset raises is no reason not to train
         logger.info("the training dataset cannot be asked for batches (%s)", error)
         return False
-    return isinstance(batch, Mapping) and next(_inputs(batch), None) is not None
+    given = ("inputs_embeds", model.main_input_name)
+    return isinstance(batch, Mapping) and any(isinstance(batch.get(k), Tensor) for k in given)
 
 
 class _LastBatches:
@@ -232,8 +243,17 @@ def model_inputs(
     """
     known = _parameters(model)
     device = device or input_device(model)
+    dtype = model.dtype
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # Pictures and sounds come in float32, and autocast is off.
+        narrow = value.is_floating_point() and dtype.itemsize < value.dtype.itemsize
+        return value.to(device, dtype if narrow else None)
+
     inputs = {
-        key: value.to(device) if isinstance(value, Tensor) else value
+        key: fit(value)
         for key, value in batch.items()
         if key in known and (key != "labels" or getattr(model.config, "is_encoder_decoder", False))
     }
@@ -264,6 +284,6 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def _inputs(batch: Batch) -> Iterator[Tensor]:
-    for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+    for key in _INPUTS:
         if isinstance(batch.get(key), Tensor) and batch[key].dim() > 1:
             yield batch[key]

@@ -5,24 +5,28 @@ Knows PEFT's wrappers and bitsandbytes' parameters; knows nothing of outputs or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from merge_callback.adapters import Update, lora
+from merge_callback.adapters import Update, kinds
 from merge_callback.codecs import Stored
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import PlainWeight
 from merge_callback.errors import MergeRefused
+
+# Tuners whose layers change what flows through the model, not what its weights are.
+_BESIDE_THE_WEIGHTS = {"ADAPTION_PROMPT", "CARTRIDGE", "POLY", "SHADOW", "XLORA"}
 
 
 @dataclass(frozen=True)
@@ -124,16 +128,33 @@ def _walk(module: nn.Module, path: str, *, replaced: bool) -> Iterator[Weight]:
         trained = bool(active) and not module.disable_adapters
         inner = module.modules_to_save[active[0]] if trained else module.original_module
         yield from _walk(inner, path, replaced=trained)
+    elif isinstance(module, TrainableTokensWrapper):
+        yield from _walk(module.token_adapter, path, replaced=replaced)
+    elif isinstance(module, LNTuningLayer):
+        active = [n for n in module.active_adapters if n in module.ln_tuning_layers]
+        trained = bool(active) and not module.disable_adapters
+        inner = module.ln_tuning_layers[active[0]] if trained else module.get_base_layer()
+        yield from _walk(inner, path, replaced=trained)
     elif isinstance(module, BaseTunerLayer):
-        # A layer of an unknown kind is walked as its base, and named among the problems.
-        changes = lora.updates(module) if not list(lora.problems(module)) else ()
-        for weight in _walk(module.get_base_layer(), path, replaced=replaced):
-            changed = weight.key == _join(path, "weight")
-            yield replace(weight, updates=changes) if changed else weight
+        base = {
+            weight.key: weight for weight in _walk(module.get_base_layer(), path, replaced=replaced)
+        }
+        changes = kinds.updates(module, _decoder(base.get(_join(path, "weight"))))
+        named = {_join(path, name): found for name, found in changes.items()}
+        for key, weight in base.items():
+            yield replace(weight, updates=named[key]) if key in named else weight
     else:
         yield from _own(module, path, replaced)
         for name, child in module.named_children():
             yield from _walk(child, _join(path, name), replaced=replaced)
+
+
+def _decoder(weight: Weight | None) -> Callable[[], Tensor]:
+    def decode() -> Tensor:
+        assert weight is not None
+        return weight.decoded()
+
+    return decode
 
 
 def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
@@ -175,23 +196,27 @@ def any_4bit(weights: Iterable[Weight]) -> bool:
     return any(isinstance(weight.stored, Bnb4Weight) for weight in weights)
 
 
-def adapter_problems(model: PeftModel, base: nn.Module) -> Iterator[str]:
-    """Why the adapter of `model` cannot be merged, each with its cure."""
+def adapter_problems(
+    model: PeftModel, base: nn.Module, weights: Mapping[str, Weight]
+) -> Iterator[str]:
+    """Why the adapter of `model` cannot be merged, each with its cure.
+
+    Args:
+        weights: what `read_weights` found.
+    """
     layers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
-    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
-    foreign = kinds - {"LORA"}
-    if foreign:
-        yield f"adapters of type {', '.join(sorted(foreign))} do not merge here; train with LoRA"
+    for config in model.peft_config.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "is_prompt_learning", False) or kind in _BESIDE_THE_WEIGHTS:
+            yield f"{kind} works beside the weights, so it cannot be merged; train with LoRA"
+            return
+        if getattr(config, "layer_replication", None):
+            yield "layer_replication makes layers that the base does not have; train without it"
+    if not layers and not any(isinstance(m, ModulesToSaveWrapper) for m in base.modules()):
+        yield "the adapter has no layer in the model that could be merged; train with LoRA"
         return
     yield from _state_problems(layers.values())
-    yield from _layer_problems(layers)
-    for name, wrapper in wrappers.items():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            yield (
-                f"{name}: {type(wrapper).__name__} (trainable_token_indices) does not merge here; "
-                "use modules_to_save for the embedding"
-            )
+    yield from _layer_problems(layers, weights)
 
 
 def _state_problems(layers: Iterable[BaseTunerLayer]) -> Iterator[str]:
@@ -203,19 +228,28 @@ def _state_problems(layers: Iterable[BaseTunerLayer]) -> Iterator[str]:
             "the adapter is already merged into the live weights, which on a quantised base has "
             "rounded it away; load base and adapter again, or model.unmerge_adapter() in 16 bits"
         )
-    if not any(layer.active_adapters for layer in layers):
+    if layers and not any(layer.active_adapters for layer in layers):
         yield "no adapter is active; call model.set_adapter(name) first"
 
 
-def _layer_problems(layers: Mapping[str, BaseTunerLayer]) -> Iterator[str]:
-    """Each problem once, with the first layer that has it and how many others do."""
-    found: dict[str, list[str]] = {}
+def _layer_problems(
+    layers: Mapping[str, BaseTunerLayer], weights: Mapping[str, Weight]
+) -> Iterator[str]:
+    """Each problem once, with the first layer that has it and how many others do.
+
+    Layers of a kind are alike: the first answers for those whose base is of the same class.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
-        for problem in lora.problems(layer):
-            found.setdefault(problem, []).append(name)
-    for problem, names in found.items():
+        inner = layer.get_base_layer()
+        biased = getattr(inner, "bias", None) is not None
+        variants = [type(v) for v in getattr(layer, "lora_variant", {}).values()]
+        alike.setdefault((type(layer), type(inner), biased, *variants), []).append(name)
+    for names in alike.values():
+        weight = weights.get(f"{names[0]}.weight")
         others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
-        yield f"{names[0]}{others}: {problem}"
+        for problem in kinds.problems(layers[names[0]], _decoder(weight)):
+            yield f"{names[0]}{others}: {problem}"
 
 
 def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:

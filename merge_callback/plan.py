@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import unwrap_model
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from merge_callback.adapters import Update
 from merge_callback.codecs import Container, Stored, TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
@@ -143,7 +144,7 @@ def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
     peft_model = unwrap_model(model)
     base = base_model(peft_model)
     weights = read_weights(base)
-    problems = [*adapter_problems(peft_model, base), *weight_problems(weights.values())]
+    problems = [*adapter_problems(peft_model, base, weights), *weight_problems(weights.values())]
     methods = options.methods(base_is_4bit=any_4bit(weights.values()))
     problems += _method_problems(methods, options, weights.values())
     if problems:
@@ -238,10 +239,16 @@ def _without_ties(
 
 
 def _same(one: Weight, other: Weight) -> bool:
-    if one.updates or other.updates:
+    if list(map(_identity, one.updates)) != list(map(_identity, other.updates)):
         return False
     tensors = [w.stored.decode(w.stored.device) for w in (one, other)]
     return tensors[0].data_ptr() == tensors[1].data_ptr()
+
+
+def _identity(update: Update) -> tuple[Any, ...]:
+    """Equal for changes that come from the same tensors and are made in the same way."""
+    trained = [t for t in update.tensors() if t.dim() and t.is_floating_point()]
+    return (type(update), *(tensor.data_ptr() for tensor in trained))
 
 
 def _containers(

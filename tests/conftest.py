@@ -23,3 +23,45 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+CELLS = pytest.StashKey()
+
+
+class Support:
+    """Notes a cell of the matrix of docs/support.md: it works if the test that it is for passes."""
+
+    def __init__(self, request):
+        self._request = request
+
+    def __call__(self, table, row, column):
+        self._request.node.stash[CELLS] = [table, row, column, "yes"]
+
+    def refused(self, why):
+        self._request.node.stash[CELLS][3] = why
+
+
+@pytest.fixture
+def support(request):
+    return Support(request)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support", help="write the matrix of what merges to this file")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    cell = item.stash.get(CELLS, None)
+    if cell is not None and call.when == "call":
+        found = item.config.stash.setdefault(CELLS, [])
+        found.append((*cell[:3], cell[3] if outcome.get_result().passed else "FAILED"))
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--support")
+    if path:
+        from support import write
+
+        write(path, session.config.stash.get(CELLS, []))

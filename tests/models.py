@@ -65,7 +65,7 @@ def load_base(path, kind):
 def adapt(model, seed=2, scale=0.02, name="default", **settings):
     """Attach a LoRA adapter with random weights, small against the base's."""
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | settings
-    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM"} | settings)
     if hasattr(model, "peft_config"):
         model.add_adapter(name, config)
     else:
@@ -153,7 +153,7 @@ def snapshot(model):
         },
         "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
         "config": model.config.to_dict(),
-        "generation_config": model.generation_config.to_dict(),
+        "generation_config": vars(getattr(model, "generation_config", None) or object),
         "peft_config": {n: dict(vars(c)) for n, c in model.peft_config.items()},
         "rng": torch.get_rng_state(),
     }

@@ -532,35 +532,6 @@ def test_a_merged_16bit_model_is_refused(tmp_path):
     assert "already merged" in refusal(model, tmp_path)
 
 
-def test_other_tuners_are_refused_by_name(tmp_path):
-    from peft import IA3Config, PromptTuningConfig, get_peft_model
-
-    for config in (IA3Config(task_type="CAUSAL_LM"), PromptTuningConfig(task_type="CAUSAL_LM")):
-        if isinstance(config, PromptTuningConfig):
-            config.num_virtual_tokens = 2
-        model = get_peft_model(load_base(save_base(tmp_path / "base"), "nf4"), config)
-        told = refusal(model, tmp_path)
-        assert config.peft_type.value in told and "train with LoRA" in told
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"use_dora": True, "target_modules": ["embed_tokens"]}, "DoraEmbedding"),
-    ],
-)
-def test_kinds_of_lora_that_do_not_merge_are_refused(tmp_path, settings, told):
-    assert told in refusal(qlora(tmp_path, "nf4", **settings), tmp_path)
-
-
-def test_lora_bias_is_refused(tmp_path):
-    path = save_base(tmp_path / "base", attention_bias=True)
-    model = adapt(load_base(path, "nf4"), target_modules=["q_proj"], lora_bias=True)
-    assert "lora_bias" in refusal(model, tmp_path)
-
-
 def test_mixed_models_are_refused(tmp_path):
     from peft import LoraConfig, PeftMixedModel
 
@@ -671,19 +642,6 @@ def test_a_model_that_is_not_of_transformers_is_refused(tmp_path):
     plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model = get_peft_model(plain, LoraConfig(target_modules=["0"]))
     assert "not a transformers model" in refusal(model, tmp_path)
-
-
-def test_lora_on_other_layers_is_refused(tmp_path):
-    from merge_callback.adapters import lora
-
-    conv = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1))
-    from peft import LoraConfig, get_peft_model
-
-    layer = get_peft_model(conv, LoraConfig(target_modules=["0"])).base_model.model[0]
-    assert list(lora.problems(layer)) == [
-        "LoRA on a Conv2d does not merge here; leave it out of target_modules"
-    ]
-    assert "not a LoRA layer" in next(iter(lora.problems(torch.nn.Linear(1, 1))))
 
 
 @pytest.mark.gpu

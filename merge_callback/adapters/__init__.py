@@ -1,4 +1,8 @@
-"""What an adapter does to one weight. Knows nothing of how weights are stored or written."""
+"""What an adapter does to one weight. Knows nothing of how weights are stored or written.
+
+`lora` and `tokens` know one kind each, and are exact and cheap; `affine` asks PEFT itself, for all
+others. `kinds` chooses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA on linear and embedding layers, as PEFT 0.21 trains them.
+"""LoRA, rsLoRA and DoRA on linear and embedding layers and on experts, as PEFT 0.21 trains them.
 
     LoRA (Hu et al. 2021, section 4.1):       W' = W + s B A,        B (out, r), A (r, in)
     DoRA (Liu et al. 2024, equation 5):       W' = m * (W + s B A) / |W + s B A|,  norms by row
@@ -11,7 +11,7 @@ of how weights are stored or written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,29 +67,53 @@ class Dora:
         return (*self.low_rank.tensors(), self.magnitude)
 
 
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """W' = W + s B A for each expert of a fused parameter, as PEFT reads its factors."""
+
+    layer: ParamWrapper
+    name: str
+
+    def add_to(self, merged: Tensor, base: Tensor) -> None:
+        lhs, rhs, scaling = self.layer.get_delta_factors(self.name)
+        rows = merged if merged.dim() == 3 else merged[None]
+        for index in range(len(rows)):  # an expert at a time
+            a, b = _float32(lhs[index].detach(), merged), _float32(rhs[index].detach(), merged)
+            rows[index].addmm_(a, b, alpha=scaling)
+
+    def tensors(self) -> Iterable[Tensor]:
+        a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
+        return (a.detach(), b.detach(), torch.tensor(self.layer.scaling[self.name]))
+
+
 def updates(layer: LoraLayer) -> tuple[Update, ...]:
     """The changes that the active adapters of `layer` make to its base weight."""
     return tuple(_update(layer, name) for name in _active(layer))
 
 
-def problems(layer: nn.Module) -> Iterator[str]:
-    """Why `layer` cannot be merged here, with the cure; nothing when it can."""
-    if not isinstance(layer, LoraLayer):
-        yield f"{type(layer).__name__} is not a LoRA layer; only LoRA, rsLoRA and DoRA merge here"
-        return
+def knows(layer: nn.Module) -> bool:
+    """Whether `layer` is a LoRA or DoRA that this file has the formula of."""
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return False
+    if not type(layer).__module__.startswith(LoraLayer.__module__.rpartition(".")[0]):
+        return False  # AdaLoRA's
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear | nn.Embedding) and type(base).__name__ != "Conv1D":
-        kind = type(base).__name__
-        yield f"LoRA on a {kind} does not merge here; leave it out of target_modules"
-    if isinstance(layer, ParamWrapper):
-        yield "target_parameters do not merge here; target the modules instead"
-    for name in _active(layer):
-        variant = layer.lora_variant.get(name)
-        if variant is not None and type(variant) is not DoraLinearVariant:
-            kind = type(variant).__name__.removesuffix("Variant")
-            yield f"adapter {name!r} uses {kind}, which does not merge here; train with plain LoRA"
-        if layer.lora_bias.get(name):
-            yield f"adapter {name!r} has lora_bias, which does not merge here; use lora_bias=False"
+        return False
+    variants = (
+        type(layer.lora_variant[name]) for name in _active(layer) if name in layer.lora_variant
+    )
+    return all(variant is DoraLinearVariant for variant in variants)
+
+
+def expert_updates(layer: ParamWrapper) -> dict[str, tuple[Update, ...]]:
+    """The changes to parameters of experts, of this wrapper and of those nested in it, by name."""
+    found: dict[str, tuple[Update, ...]] = {}
+    while isinstance(layer, ParamWrapper):
+        own = tuple(Experts(layer, name) for name in layer.active_adapters if name in layer.lora_A)
+        found[layer.parameter_name] = (*found.get(layer.parameter_name, ()), *own)
+        layer = layer.base_layer
+    return found
 
 
 def _active(layer: LoraLayer) -> list[str]:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from merge_callback.adapters.detached import detached, width
+from merge_callback.adapters.detached import detached, is_linear, width
 from merge_callback.codecs import Container, runs
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.codecs.plain import Plain
@@ -144,20 +144,35 @@ def adapter_problems(plan: Plan) -> Iterator[str]:
         weight = plan.weights.get(f"{name}.weight")
         if not isinstance(layer, BaseTunerLayer) or weight is None:
             continue
-        error = _maths_error(layer, weight, generator)
+        if not _asked(layer):
+            continue
+        bias = plan.weights.get(f"{name}.bias")
+        error = _maths_error(layer, weight, bias, generator)
         if not error <= _SAME_MATHS:
             yield f"{name}: what is merged differs from PEFT's own by {error:.2g} of the adapter"
 
 
-def _maths_error(layer: Any, weight: Weight, generator: torch.Generator) -> float:
+def _asked(layer: Any) -> bool:
+    """Whether a layer can be asked: experts answer only within their model."""
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Linear | nn.Embedding) or is_linear(base)
+
+
+def _maths_error(
+    layer: Any, weight: Weight, bias: Weight | None, generator: torch.Generator
+) -> float:
     try:
-        return _maths_error_on(weight.stored.device, layer, weight, generator)
+        return _maths_error_on(weight.stored.device, layer, weight, bias, generator)
     except torch.OutOfMemoryError:
-        return _maths_error_on(torch.device("cpu"), layer, weight, generator)
+        return _maths_error_on(torch.device("cpu"), layer, weight, bias, generator)
 
 
 def _maths_error_on(
-    device: torch.device, layer: Any, weight: Weight, generator: torch.Generator
+    device: torch.device,
+    layer: Any,
+    weight: Weight,
+    bias: Weight | None,
+    generator: torch.Generator,
 ) -> float:
     """|ours - PEFT's| / |PEFT's| of what the adapter adds to the outputs of random inputs."""
     base = weight.decoded(device).float()
@@ -167,6 +182,9 @@ def _maths_error_on(
     plain = inner(inputs)
     theirs = alone(inputs) - plain
     inner.weight = nn.Parameter(weight.merged(base), requires_grad=False)
+    if bias is not None and bias.updates:
+        merged = bias.merged(bias.decoded(device))
+        inner.bias = nn.Parameter(merged, requires_grad=False)
     ours = inner(inputs) - plain
     size = max(float(theirs.norm()), _FLOAT32 / _SAME_MATHS * float(plain.norm()))
     return float((ours - theirs).norm()) / size if size else float(ours.norm())

@@ -1,0 +1,78 @@
+"""Which of the ways to merge a layer of PEFT's goes with its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+
+from merge_callback.adapters import Update, affine, lora, tokens
+from merge_callback.adapters.detached import is_linear
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def updates(layer: Any, weight: Callable[[], Tensor]) -> Mapping[str, tuple[Update, ...]]:
+    """The changes that the active adapters of a layer make, by parameter of its base.
+
+    Args:
+        weight: decodes the base's weight.
+    """
+    if isinstance(layer, TrainableTokensLayer):
+        return {"weight": tokens.updates(layer)}
+    if isinstance(layer, ParamWrapper):
+        return lora.expert_updates(layer)
+    if not any(name in _adapters(layer) for name in layer.active_adapters):
+        return {}
+    if isinstance(layer.get_base_layer(), _CONVOLUTIONS):
+        return {"weight": (affine.MergedByPeft(layer),)}
+    whole: tuple[Update, ...] = (
+        lora.updates(layer) if lora.knows(layer) else (affine.AffineWeight(layer),)
+    )
+    if getattr(layer.get_base_layer(), "bias", None) is None or _bias_stays(layer):
+        return {"weight": whole}
+    return {"weight": whole, "bias": (affine.AffineBias(layer, weight),)}
+
+
+def problems(layer: Any, weight: Callable[[], Tensor]) -> Iterator[str]:
+    """Why a layer cannot be merged, each with its cure."""
+    base = layer.get_base_layer()
+    if isinstance(layer, LNTuningLayer):  # its norms are trained whole
+        return
+    if isinstance(layer, TrainableTokensLayer | ParamWrapper) or lora.knows(layer):
+        if not (isinstance(layer, LoraLayer) and _any_bias(layer)):
+            return
+    if isinstance(base, _CONVOLUTIONS):
+        if not hasattr(layer, "merge"):
+            yield f"{type(layer).__name__} on a convolution does not merge here; use LoRA"
+        return
+    if not is_linear(base) and not isinstance(base, nn.Embedding):
+        kind = type(base).__name__
+        yield f"an adapter on a {kind} does not merge here; leave it out of target_modules"
+        return
+    yield from affine.problems(layer, weight())
+
+
+def _adapters(layer: Any) -> set[str]:
+    """Names of the adapters that a layer holds something of."""
+    held: set[str] = set()
+    for attribute in layer.adapter_layer_names:
+        part = layer
+        for name in attribute.split("."):
+            part = getattr(part, name, None)
+        held |= set(part.keys()) if hasattr(part, "keys") else set()
+    return held
+
+
+def _any_bias(layer: LoraLayer) -> bool:
+    return any(layer.lora_bias.get(name) for name in layer.active_adapters)
+
+
+def _bias_stays(layer: Any) -> bool:
+    """Whether adapters of this kind leave the bias alone."""
+    return isinstance(layer, LoraLayer) and not _any_bias(layer)
