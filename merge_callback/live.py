@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from merge_callback.adapters import Update, kinds
 from merge_callback.codecs import Stored
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
-from merge_callback.codecs.plain import PlainWeight
+from merge_callback.codecs.plain import OffloadedWeight, PlainWeight
 from merge_callback.errors import MergeRefused
 
 # Tuners whose layers change what flows through the model, not what its weights are.
@@ -162,7 +163,7 @@ def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
     transient = module._non_persistent_buffers_set
     buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in transient]
     for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
-        stored = _stored(module, tensor)
+        stored = _stored(module, name, tensor)
         yield Weight(
             _join(path, name),
             stored,
@@ -172,7 +173,10 @@ def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
         )
 
 
-def _stored(module: Any, tensor: Any) -> Stored:
+def _stored(module: Any, name: str, tensor: Any) -> Stored:
+    if tensor.device.type == "meta" and (hook := _offloading_hook(module, name)) is not None:
+        device = torch.device(hook.execution_device)
+        return OffloadedWeight(tensor, device, partial(hook.weights_map.__getitem__, name))
     kind = type(tensor).__name__
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         return Bnb4Weight(tensor, tensor.quant_state)
@@ -181,6 +185,16 @@ def _stored(module: Any, tensor: Any) -> Stored:
         scales = module.state.SCB if scales is None else scales  # moved there by the first forward
         return Bnb8Weight(tensor, scales)
     return PlainWeight(tensor)
+
+
+def _offloading_hook(module: Any, name: str) -> Any:
+    """accelerate's hook that brings a parameter when its module computes, if there is one."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None and name in {n for n, _ in module.named_parameters(recurse=False)}:
+            return one
+    return None
 
 
 def _from_conv1d(module: nn.Module) -> bool:
@@ -261,6 +275,11 @@ def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
                 "and its values are no longer exact; reload the model and set "
                 "support_avx512bf16_for_cpu = False on every Linear4bit before the first forward "
                 "in eval mode (MergeOnSaveCallback does so when it is given to the trainer)"
+            )
+        elif any(t.device.type == "meta" for update in weight.updates for t in update.tensors()):
+            yield (
+                f"{weight.key}: its adapter is on the meta device, where PEFT puts those of "
+                "offloaded layers and nothing is learned; load the model with the layer on a device"
             )
         elif stored.device.type == "meta":
             yield f"{weight.key}: offloaded to disk; load the model with all weights on a device"

@@ -21,7 +21,7 @@ from merge_callback.adapters import Update
 from merge_callback.codecs import Container, Stored, TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
-from merge_callback.codecs.plain import Plain, PlainWeight
+from merge_callback.codecs.plain import OffloadedWeight, Plain, PlainWeight
 from merge_callback.conversions import CheckpointNames
 from merge_callback.errors import MergeRefused
 from merge_callback.live import (
@@ -274,7 +274,7 @@ def _containers(
 def _plain(weight: Weight, dtype: torch.dtype, *, force: bool = False) -> Plain:
     """A weight's own dtype; the output's for what was quantised, trained or up-cast from it."""
     stored = weight.stored
-    if not isinstance(stored, PlainWeight):
+    if not isinstance(stored, PlainWeight | OffloadedWeight):
         return Plain(dtype, transposed=weight.conv1d)
     if not stored.dtype.is_floating_point:
         return Plain(stored.dtype)
@@ -342,4 +342,4 @@ def _groups(
 
 def _alignment(stored: Stored) -> int:
     """Bytes that a weight's tensors are aligned to: a quantised one fills up to 8."""
-    return stored.dtype.itemsize if isinstance(stored, PlainWeight) else 4
+    return stored.dtype.itemsize if isinstance(stored, PlainWeight | OffloadedWeight) else 4

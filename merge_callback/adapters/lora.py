@@ -11,8 +11,10 @@ of how weights are stored or written.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -75,7 +77,9 @@ class Experts:
     name: str
 
     def add_to(self, merged: Tensor, base: Tensor) -> None:
-        lhs, rhs, scaling = self.layer.get_delta_factors(self.name)
+        exact: Any = copy.copy(self.layer)  # PEFT casts the factors to the parameter's dtype
+        exact.get_param = lambda: torch.empty(0)
+        lhs, rhs, scaling = exact.get_delta_factors(self.name)
         rows = merged if merged.dim() == 3 else merged[None]
         for index in range(len(rows)):  # an expert at a time
             a, b = _float32(lhs[index].detach(), merged), _float32(rhs[index].detach(), merged)

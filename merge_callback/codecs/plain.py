@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,29 @@ class PlainWeight:
             return False
         values = self.tensor.detach()
         return all(torch.equal(run.to(dtype).to(run.dtype), run) for (run,) in runs(values))
+
+
+@dataclass(frozen=True)
+class OffloadedWeight:
+    """A parameter that lies elsewhere, on the CPU or the disk, until its layer computes."""
+
+    tensor: Tensor  # on the meta device
+    device: torch.device  # where the layer computes
+    load: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def decode(self, device: torch.device) -> Tensor:
+        return self.load().detach().to(device, self.dtype)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

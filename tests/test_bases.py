@@ -1,0 +1,121 @@
+"""Bases as people have them: quantised before, resized, offloaded, with fused experts."""
+
+import pytest
+import torch
+import transformers
+from models import adapt, load_base, qlora, same, save_base, snapshot
+from safetensors.torch import load_file
+from test_adapters import effect_error
+from test_architectures import MODELS, made
+from test_calibration import batches
+from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
+
+from merge_callback import MergeRefused, merge_adapter
+
+EXACT = {"save_method": "merged_16bit", "dtype": "float32", "progress": False}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "fp4", "int8"])
+def test_a_base_that_was_quantised_before(tmp_path, kind, support):
+    support("Bases", "saved quantised", kind)
+    load_base(save_base(tmp_path / "base"), kind).save_pretrained(tmp_path / "quantised")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")
+    model = adapt(loaded)
+    assert effect_error(model, merge_adapter(model, tmp_path / "out", **EXACT).path) < 2e-4
+    four = merge_adapter(model, tmp_path / "out", save_method="merged_4bit")
+    assert four.manifest["verification"]["problems"] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_embeddings_that_were_resized(tmp_path, tied, kind, support):
+    support("Bases", f"resized embeddings, {'tied' if tied else 'untied'}", kind)
+    base = load_base(save_base(tmp_path / "base", tied=tied), kind)
+    base.resize_token_embeddings(320)
+    model = adapt(base, modules_to_save=["embed_tokens"], target_modules=["q_proj", "up_proj"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.05
+    path = merge_adapter(model, tmp_path / "out", **EXACT).path
+    written = load_file(path / "model.safetensors")
+    assert written["model.embed_tokens.weight"].shape == (320, 128)
+    assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == 320
+    assert effect_error(model, path) < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "mixtral"])
+def test_experts_that_are_one_parameter(tmp_path, name, kind, support):
+    support("Bases", f"target_parameters, {name}", kind)
+    model_class = made(name, tmp_path / "base")
+    base = model_class.from_pretrained(tmp_path / "base", dtype=getattr(torch, kind))
+    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapt(base, target_modules=["q_proj"], target_parameters=fused, scale=0.05)
+    before = snapshot(model)
+    result = merge_adapter(model, tmp_path / "out", **EXACT, verification_data=batches(1))
+    assert same(before, snapshot(model))
+    assert effect_error(model, result.path) < 2e-4
+    kept = result.manifest["retention"]["merged_16bit"]["tensors"]
+    assert sum(".experts." in key for key in kept) == 4  # two parameters of two layers
+    one, other = (load_file(p / "model.safetensors") for p in (tmp_path / "base", result.path))
+    assert one.keys() == other.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_convolutions(tmp_path, support):
+    support("Bases", "LoRA on Conv1d", "float32")
+    made("whisper", tmp_path / "base")
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = adapt(base, task_type=None, target_modules=["conv1", "conv2", "q_proj"])
+    result = merge_adapter(model, tmp_path / "out", **EXACT)
+    written = load_file(result.path / "model.safetensors")
+    for name in ("conv1", "conv2"):
+        layer = model.get_base_model().get_submodule(f"model.encoder.{name}")
+        wanted = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+        error = (written[f"model.encoder.{name}.weight"].double() - wanted).norm()
+        assert float(error / layer.get_delta_weight("default").norm()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_weights_that_are_brought_when_they_are_needed(tmp_path, place, support):
+    from accelerate import cpu_offload, disk_offload
+
+    support("Bases", f"offloaded to {place}", "bfloat16")
+
+    def load(offloaded):
+        base = load_base(save_base(tmp_path / "base"), "bfloat16")
+        layer, device = base.model.layers[1], torch.device("cpu")
+        if offloaded and place == "cpu":
+            cpu_offload(layer, execution_device=device)
+        elif offloaded:
+            disk_offload(layer, str(tmp_path / "offload"), execution_device=device)
+        return base, layer
+
+    results = []
+    for offloaded in (False, True):
+        base, layer = load(offloaded)
+        assert (layer.mlp.up_proj.weight.device.type == "meta") is offloaded
+        # PEFT makes the adapter of an offloaded layer on the meta device, where it cannot learn.
+        model = adapt(base, target_modules=["q_proj", "up_proj"], layers_to_transform=[0])
+        result = merge_adapter(model, tmp_path / str(offloaded), verification_data=batches(1))
+        assert result.manifest["verification"]["data"] == "held-out data"
+        results.append((result.path / "model.safetensors").read_bytes())
+        assert (layer.mlp.up_proj.weight.device.type == "meta") is offloaded
+    assert results[0] == results[1]
+    with pytest.raises(MergeRefused, match="its adapter is on the meta device"):
+        merge_adapter(adapt(load(True)[0]), tmp_path / "out")
+
+
+def test_weights_that_are_nowhere_are_refused(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    model.get_base_model().model.layers[0].to("meta")
+    with pytest.raises(MergeRefused, match="offloaded"):
+        merge_adapter(model, tmp_path / "out")
+
+
+def test_every_architecture_names_a_class():
+    assert all(hasattr(transformers, kind) for kind, _ in MODELS.values())
