@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install format check test demo bench bench-fidelity clean
+
+.PHONY: install format check test test-quick support-matrix demo bench bench-fidelity clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +27,13 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest --cov --cov-report=term-missing
+
+# In under three minutes: all but the matrix of what merges, and rounding with data.
+test-quick: install
+	$(BIN)/python -m pytest -m 'not matrix' --ignore=tests/test_calibration.py
+
+support-matrix: install
+	$(BIN)/python -m pytest -m matrix --support docs/support.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py

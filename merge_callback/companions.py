@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.plan import Plan
@@ -26,7 +27,10 @@ def save_companions(
     plan: Plan, method: str, directory: Path, processing_class: Any, restored: Mapping[str, Any]
 ) -> None:
     """Write config, generation config and tokenizer (or processor) of one merged model."""
-    _config(plan, method, restored).save_pretrained(directory)
+    config = _config(plan, method, restored)
+    if getattr(plan.model, "_auto_class", None) is not None:  # its code is not transformers' own
+        custom_object_save(plan.model, directory, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(directory)
     generation = generation_config(plan)
     if generation is not None:
         generation.save_pretrained(directory)

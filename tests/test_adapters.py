@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from merge_callback import MergeRefused, merge_adapter
 from merge_callback.live import base_model, read_weights
 
+pytestmark = pytest.mark.matrix
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SETTINGS = {
     "ADALORA": {"total_step": 10},

@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig
 from merge_callback import merge_adapter
 from merge_callback.live import keep_cpu_weights_unpacked
 
+pytestmark = pytest.mark.matrix
+
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 192,

@@ -1,5 +1,7 @@
 """Bases as people have them: quantised before, resized, offloaded, with fused experts."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,8 @@ from test_calibration import batches
 from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from merge_callback import MergeRefused, merge_adapter
+
+pytestmark = pytest.mark.matrix
 
 EXACT = {"save_method": "merged_16bit", "dtype": "float32", "progress": False}
 
@@ -108,6 +112,37 @@ def test_weights_that_are_brought_when_they_are_needed(tmp_path, place, support)
     assert results[0] == results[1]
     with pytest.raises(MergeRefused, match="its adapter is on the meta device"):
         merge_adapter(adapt(load(True)[0]), tmp_path / "out")
+
+
+def test_code_of_its_own_goes_along(tmp_path, support):
+    support("Bases", "custom code (auto_map)", "bfloat16")
+    path = save_base(tmp_path / "base")
+    (path / "helper_tiny.py").write_text("SCALE = 1.0\n")
+    (path / "configuration_tiny.py").write_text(
+        "from transformers import LlamaConfig\n"
+        "class TinyConfig(LlamaConfig):\n    model_type = 'tiny_custom'\n"
+    )
+    (path / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "from .configuration_tiny import TinyConfig\n"
+        "from .helper_tiny import SCALE\n"
+        "class TinyForCausalLM(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    config |= {
+        "model_type": "tiny_custom",
+        "architectures": ["TinyForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_tiny.TinyConfig",
+            "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    base = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    result = merge_adapter(adapt(base), tmp_path / "out")
+    assert (result.path / "helper_tiny.py").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)
+    assert type(loaded).__name__ == "TinyForCausalLM"
 
 
 def test_weights_that_are_nowhere_are_refused(tmp_path):

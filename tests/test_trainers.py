@@ -32,6 +32,8 @@ from trl import (
 
 from merge_callback import MergeOnSaveCallback
 
+pytestmark = pytest.mark.matrix
+
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 SETTINGS = COMMON | {"max_steps": 2, "save_strategy": "no"}
 
