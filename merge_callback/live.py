@@ -23,7 +23,7 @@ from merge_callback.adapters import Update, kinds
 from merge_callback.codecs import Stored
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
-from merge_callback.codecs.plain import OffloadedWeight, PlainWeight
+from merge_callback.codecs.plain import Dequantised, OffloadedWeight, PlainWeight
 from merge_callback.errors import MergeRefused
 
 # Tuners whose layers change what flows through the model, not what its weights are.
@@ -184,7 +184,15 @@ def _stored(module: Any, name: str, tensor: Any) -> Stored:
         scales = getattr(tensor, "SCB", None)
         scales = module.state.SCB if scales is None else scales  # moved there by the first forward
         return Bnb8Weight(tensor, scales)
+    if _knows_its_values(tensor):
+        return Dequantised(tensor)
     return PlainWeight(tensor)
+
+
+def _knows_its_values(tensor: Any) -> bool:
+    """Whether it is a tensor of another class, with a `dequantize` of its own."""
+    kind = type(tensor.data)
+    return kind is not torch.Tensor and kind.dequantize is not torch.Tensor.dequantize
 
 
 def _offloading_hook(module: Any, name: str) -> Any:
@@ -256,6 +264,12 @@ def _layer_problems(
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
         inner = layer.get_base_layer()
+        if getattr(inner, "weight", None) is None and not hasattr(layer, "parameter_name"):
+            yield (
+                f"{name}: {type(inner).__name__} holds no weight that could be decoded, as GPTQ's "
+                "and AWQ's layers do not; train on a bitsandbytes or 16-bit base"
+            )
+            return
         biased = getattr(inner, "bias", None) is not None
         variants = [type(v) for v in getattr(layer, "lora_variant", {}).values()]
         alike.setdefault((type(layer), type(inner), biased, *variants), []).append(name)
@@ -264,6 +278,14 @@ def _layer_problems(
         others = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
         for problem in kinds.problems(layers[names[0]], _decoder(weight)):
             yield f"{names[0]}{others}: {problem}"
+
+
+def _is_plain_float(stored: Stored) -> bool:
+    """Whether values are what they seem: floats of 16 bits and more, or decoded ones."""
+    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+        return False
+    plain = type(getattr(stored, "tensor", None)) in (torch.Tensor, nn.Parameter, type(None))
+    return plain or not isinstance(stored, PlainWeight)
 
 
 def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
@@ -285,6 +307,6 @@ def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
             yield f"{weight.key}: offloaded to disk; load the model with all weights on a device"
         elif type(getattr(stored, "tensor", None)).__name__ == "DTensor":
             yield f"{weight.key}: sharded over processes; export from an unsharded model"
-        elif not stored.dtype.is_floating_point and weight.updates:
+        elif weight.updates and not _is_plain_float(stored):
             kind = f"{stored.dtype} of an unknown quantiser"
             yield f"{weight.key}: {kind}; use a bitsandbytes or 16-bit base"

@@ -21,7 +21,7 @@ from merge_callback.adapters import Update
 from merge_callback.codecs import Container, Stored, TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
-from merge_callback.codecs.plain import OffloadedWeight, Plain, PlainWeight
+from merge_callback.codecs.plain import Dequantised, OffloadedWeight, Plain, PlainWeight
 from merge_callback.conversions import CheckpointNames
 from merge_callback.errors import MergeRefused
 from merge_callback.live import (
@@ -196,6 +196,8 @@ def _method_problems(
         isinstance(weight.stored, Bnb4Weight | Bnb8Weight) for weight in weights
     ):
         yield "base='original': the base is not quantised; it is its own original"
+    if "merged_4bit" in methods and any(isinstance(w.stored, Dequantised) for w in weights):
+        yield "the base is quantised by another library; use save_method='merged_16bit'"
     if "merged_4bit" in methods:
         for weight in weights:
             if weight.replaced and isinstance(weight.stored, Bnb4Weight | Bnb8Weight):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_adapters import effect_error
 from test_architectures import MODELS, made
 from test_calibration import batches
-from transformers import AutoModelForCausalLM, WhisperForConditionalGeneration
+from transformers import AutoModelForCausalLM, TorchAoConfig, WhisperForConditionalGeneration
 
 from merge_callback import MergeRefused, merge_adapter
 
@@ -143,6 +143,44 @@ def test_code_of_its_own_goes_along(tmp_path, support):
     assert (result.path / "helper_tiny.py").exists()
     loaded = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)
     assert type(loaded).__name__ == "TinyForCausalLM"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_tensors_that_know_their_values_give_16_bits(tmp_path, kind, support):
+    torchao = pytest.importorskip("torchao.quantization")
+    support("Bases", f"torchao {kind.removesuffix('Config')}", "merged_16bit")
+    base = AutoModelForCausalLM.from_pretrained(
+        save_base(tmp_path / "base", tied=False),
+        dtype=torch.bfloat16,
+        quantization_config=TorchAoConfig(getattr(torchao, kind)()),
+    )
+    model = adapt(base, target_modules=["q_proj", "up_proj"])
+    result = merge_adapter(model, tmp_path / "out", verification_data=batches(1))
+    found = result.manifest["verification"]
+    assert found["problems"] == [] and found["models"]["merged_16bit"]["kl"] < 1e-4
+    assert AutoModelForCausalLM.from_pretrained(result.path).dtype == torch.bfloat16
+    with pytest.raises(MergeRefused, match="another library"):
+        merge_adapter(model, tmp_path / "out", save_method="merged_4bit")
+
+
+def test_layers_without_a_weight_are_refused_by_name(tmp_path):
+    """As those of GPTQ and AWQ, whose packages need a GPU."""
+    model = qlora(tmp_path, "bfloat16")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    packed = layer.weight.data.view(torch.int16)
+    del layer.weight
+    layer.register_buffer("qweight", packed)
+    with pytest.raises(MergeRefused, match="holds no weight that could be decoded"):
+        merge_adapter(model, tmp_path / "out")
+
+
+def test_floats_of_8_bits_are_refused_by_name(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), False)
+    with pytest.raises(MergeRefused, match="float8_e4m3fn of an unknown quantiser"):
+        merge_adapter(model, tmp_path / "out")
 
 
 def test_weights_that_are_nowhere_are_refused(tmp_path):

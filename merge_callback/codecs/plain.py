@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,30 @@ class OffloadedWeight:
 
     def fits(self, dtype: torch.dtype) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A weight of another quantiser, whose tensor can give its values by itself (torchao's)."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.tensor.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.tensor.device)
+
+    def decode(self, device: torch.device) -> Tensor:
+        values: Tensor = self.tensor.detach().dequantize()
+        return values.to(device, self.dtype)
 
 
 @dataclass(frozen=True)
