@@ -183,6 +183,7 @@ LORAS = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "eva": {"init_lora_weights": "eva"},
 }
 
 
@@ -233,6 +234,16 @@ def test_several_adapters_are_summed_and_rounded_once(tmp_path):
         if hasattr(layer, "set_scale"):
             layer.set_scale("other", 0.3)
     assert effect_error(model, merge_adapter(model, tmp_path / "out", **settings).path) < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_looks_at_other_tokens_is_refused(tmp_path):
+    base = load_base(save_base(tmp_path / "base"), "bfloat16")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
+    )
+    with pytest.raises(MergeRefused, match="q_proj"):
+        merge_adapter(get_peft_model(base, config), tmp_path / "out")
 
 
 def test_replicated_layers_are_refused(tmp_path):

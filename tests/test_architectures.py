@@ -208,6 +208,46 @@ def test_an_architecture_is_written_as_its_base_was(tmp_path, name, kind, suppor
     )
 
 
+PARTS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "both": "all-linear",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
+def test_a_float32_merge_is_that_of_peft(tmp_path, name, part, settings):
+    model_class = made(name, tmp_path / "base")
+    base = model_class.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base.save_pretrained(tmp_path / "whole")
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}
+    model = adapt(base, target_modules=PARTS[part], **patterns, **settings)
+    result = merge_adapter(
+        model, tmp_path / "out", max_shard_size="300KB", progress=False, save_method="merged_16bit"
+    )
+    index = json.loads((result.path / "model.safetensors.index.json").read_text())["weight_map"]
+    written = {}
+    for file in sorted(set(index.values())):
+        part_of = load_file(result.path / file)
+        assert all(index[key] == file for key in part_of)
+        written |= part_of
+    assert written.keys() == index.keys()
+    wanted = model.merge_and_unload().state_dict()
+    before = load_file(tmp_path / "whole" / "model.safetensors")
+    assert written.keys() == before.keys() and not any("lora" in key for key in written)
+    limit = 1e-4 if settings else 1e-5
+    adapted = result.manifest["retention"]["merged_16bit"]["tensors"]
+    for key, tensor in written.items():
+        if key in adapted:
+            delta = wanted[key] - before[key]
+            assert float((tensor - wanted[key]).norm() / delta.norm()) < limit, key
+        else:
+            assert torch.equal(tensor, before[key]), key
+
+
 def targets(name, model):
     """Linear layers inside the blocks; the names that PEFT takes."""
     found = set()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_adapters import effect_error
 from test_architectures import MODELS, made
 from test_calibration import batches
-from transformers import AutoModelForCausalLM, TorchAoConfig, WhisperForConditionalGeneration
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from merge_callback import MergeRefused, merge_adapter
 
@@ -69,18 +69,33 @@ def test_experts_that_are_one_parameter(tmp_path, name, kind, support):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_convolutions(tmp_path, support):
-    support("Bases", "LoRA on Conv1d", "float32")
-    made("whisper", tmp_path / "base")
-    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    model = adapt(base, task_type=None, target_modules=["conv1", "conv2", "q_proj"])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("whisper", ["conv1", "conv2"]),
+        ("llava", ["patch_embedding"]),
+        ("qwen2_vl", ["patch_embed.proj"]),
+    ],
+)
+def test_convolutions(tmp_path, name, ends, support):
+    model_class = made(name, tmp_path / "base")
+    base = model_class.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = adapt(base, task_type=None, target_modules=[*ends, "q_proj"])
+    layers = {
+        key: layer
+        for key, layer in model.get_base_model().named_modules()
+        if key.endswith(tuple(ends)) and hasattr(layer, "get_delta_weight")
+    }
+    assert len(layers) == len(ends)
+    kind = type(next(iter(layers.values())).base_layer).__name__
+    support("Bases", f"LoRA on {kind}", "float32")
     result = merge_adapter(model, tmp_path / "out", **EXACT)
-    written = load_file(result.path / "model.safetensors")
-    for name in ("conv1", "conv2"):
-        layer = model.get_base_model().get_submodule(f"model.encoder.{name}")
-        wanted = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
-        error = (written[f"model.encoder.{name}.weight"].double() - wanted).norm()
-        assert float(error / layer.get_delta_weight("default").norm()) < 1e-5
+    merged = model_class.from_pretrained(result.path, dtype=torch.float32)
+    for key, layer in layers.items():
+        delta = layer.get_delta_weight("default").double()
+        wanted = layer.base_layer.weight.double() + delta
+        error = (merged.get_submodule(key).weight.double() - wanted).norm()
+        assert float(error / delta.norm()) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")

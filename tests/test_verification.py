@@ -640,7 +640,13 @@ def test_sequence_to_sequence(tmp_path):
 
 
 def test_a_model_that_sees(tmp_path):
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
 
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -661,7 +667,19 @@ def test_a_model_that_sees(tmp_path):
         batch["input_ids"][:, 2:6] = 303
         generator = torch.Generator().manual_seed(index)
         batch["pixel_values"] = torch.randn(4, 3, 32, 32, generator=generator)
-    result = merge_adapter(model, tmp_path / "out", save_method=METHODS, verification_data=data)
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(pictures, words, patch_size=16, image_token="<image>")
+    result = merge_adapter(
+        model,
+        tmp_path / "out",
+        save_method=METHODS,
+        verification_data=data,
+        processing_class=processor,
+    )
+    assert type(LlavaProcessor.from_pretrained(result.path)) is LlavaProcessor
+    assert "AutoProcessor" in (result.path / "README.md").read_text()
     found = result.manifest["verification"]
     assert found["data"] == "held-out data"
     assert found["models"]["merged_16bit"]["kl"] < 1e-3
