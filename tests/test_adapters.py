@@ -11,13 +11,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+)
 
 from merge_callback import MergeRefused, merge_adapter
 from merge_callback.live import base_model, read_weights
 
 pytestmark = pytest.mark.matrix
 
+EXACT = {"save_method": "merged_16bit", "dtype": "float32", "progress": False}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SETTINGS = {
     "ADALORA": {"total_step": 10},
@@ -144,8 +150,7 @@ def test_tuners_merge_as_peft_computes_them(tmp_path, tuner, kind, support):
             merge_adapter(model, tmp_path / "out")
         return support.refused(REFUSED[tuner])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    settings = {"save_method": "merged_16bit", "dtype": "float32"}
-    result = merge_adapter(model, tmp_path / "out", progress=False, **settings)
+    result = merge_adapter(model, tmp_path / "out", **EXACT)
     assert effect_error(model, result.path) < 2e-4
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     if kind == "nf4" and tuner != "LN_TUNING":
@@ -202,8 +207,7 @@ def test_loras_merge_as_peft_computes_them(tmp_path, name, kind, support):
         if parameter.requires_grad and ".lora_A" not in key and parameter.is_floating_point():
             noise = 0.02 * torch.randn(parameter.shape, generator=generator)
             parameter.data += noise.to(parameter.dtype)
-    settings = {"save_method": "merged_16bit", "dtype": "float32"}
-    result = merge_adapter(model, tmp_path / "out", progress=False, **settings)
+    result = merge_adapter(model, tmp_path / "out", **EXACT)
     assert effect_error(model, result.path) < 2e-4
     merge_adapter(model, tmp_path / "out", progress=False)
 
@@ -224,16 +228,28 @@ def test_tokens_of_tied_embeddings_stay_tied(tmp_path, kind):
     assert effect_error(model, result.path) < 2e-4
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_an_embedding_that_scales_is_stored_unscaled(tmp_path, settings):
+    config = Gemma3TextConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=304, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = adapt(Gemma3ForCausalLM(config), target_modules=["embed_tokens"], **settings)
+    path = merge_adapter(model, tmp_path / "out", **EXACT).path
+    assert effect_error(model, path) < 2e-4
+
+
 def test_several_adapters_are_summed_and_rounded_once(tmp_path):
     model = qlora(tmp_path, "nf4")
     adapt(model, seed=6, name="other", r=8)
     model.base_model.set_adapter(["default", "other"])
-    settings = {"save_method": "merged_16bit", "dtype": "float32"}
-    assert effect_error(model, merge_adapter(model, tmp_path / "out", **settings).path) < 2e-4
+    assert effect_error(model, merge_adapter(model, tmp_path / "out", **EXACT).path) < 2e-4
     for layer in model.modules():
         if hasattr(layer, "set_scale"):
             layer.set_scale("other", 0.3)
-    assert effect_error(model, merge_adapter(model, tmp_path / "out", **settings).path) < 2e-4
+    assert effect_error(model, merge_adapter(model, tmp_path / "out", **EXACT).path) < 2e-4
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -41,15 +41,15 @@ def updates(layer: Any, weight: Callable[[], Tensor]) -> Mapping[str, tuple[Upda
 
 def problems(layer: Any, weight: Callable[[], Tensor]) -> Iterator[str]:
     """Why a layer cannot be merged, each with its cure."""
-    base = layer.get_base_layer()
-    if isinstance(layer, LNTuningLayer):  # its norms are trained whole
+    if isinstance(layer, LNTuningLayer | TrainableTokensLayer | ParamWrapper):
         return
-    if isinstance(layer, TrainableTokensLayer | ParamWrapper) or lora.knows(layer):
-        if not (isinstance(layer, LoraLayer) and _any_bias(layer)):
-            return
+    if lora.knows(layer) and not _any_bias(layer):
+        return
+    base = layer.get_base_layer()
     if isinstance(base, _CONVOLUTIONS):
-        if not hasattr(layer, "merge"):
-            yield f"{type(layer).__name__} on a convolution does not merge here; use LoRA"
+        if not hasattr(layer, "merge") or (isinstance(layer, LoraLayer) and _any_bias(layer)):
+            kind = type(layer).__module__.split(".")[-2]
+            yield f"{kind} on a {type(base).__name__} does not merge here; use plain LoRA"
         return
     if not is_linear(base) and not isinstance(base, nn.Embedding):
         kind = type(base).__name__
