@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from merge_callback import merge_adapter
 from merge_callback.live import keep_cpu_weights_unpacked
 
-RUNGS = "peft,requantised,nearest,stochastic,calibrated:16,calibrated:64,calibrated:256,tuned:256"
+RUNGS = "peft,requantised,nearest,stochastic,calibrated:64,tuned:256"
 KINDS = {
     "all": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
     "attention": {
