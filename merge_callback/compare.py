@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_utils import unwrap_model
 
 from merge_callback.batches import Batch, input_device
+from merge_callback.exact_maths import exact_maths
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
@@ -49,6 +50,7 @@ def compare(
         model = rebuild(live)
     device = input_device(model)
     other = rebuild(directory, type(model))
-    with torch.no_grad(), generators_kept(), evaluating(model), computing_on(other, device):
+    quiet = (generators_kept(), evaluating(model), exact_maths([device.type]))
+    with torch.no_grad(), quiet[0], quiet[1], quiet[2], computing_on(other, device):
         speakers = {"other": Speaker(other, device)}
         return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]

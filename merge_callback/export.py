@@ -6,12 +6,10 @@ unless every step went well.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from merge_callback.calibration.choice import choose
 from merge_callback.card import write_card
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
+from merge_callback.exact_maths import exact_maths
 from merge_callback.live import active_adapters, keep_cpu_weights_unpacked
 from merge_callback.manifest import (
     Training,
@@ -208,7 +207,7 @@ def export(
     training, data = training or Training(), data or Data()
     keep_cpu_weights_unpacked(plan.model)
     try:
-        with _exact_maths(plan):
+        with exact_maths(weight.stored.device.type for weight in plan.weights.values()):
             return _export(plan, store, options, name, processing_class, training, data, last)
     except MergeError:
         raise
@@ -359,25 +358,6 @@ def rescue(model: nn.Module, store: MergeStore, name: str, step: int) -> Path:
             "libraries": libraries(),
         }
         return store.publish(draft, name, manifest).path
-
-
-@contextlib.contextmanager
-def _exact_maths(plan: Plan) -> Iterator[None]:
-    """Float32 products in float32: neither autocast nor TF32."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    with ExitStack() as stack:
-        for device in {weight.stored.device.type for weight in plan.weights.values()}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = "none"  # inherit again, where that gives what was there
-                if backend.fp32_precision != precision:
-                    backend.fp32_precision = precision
 
 
 class _Clock:

@@ -15,7 +15,7 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -142,6 +142,11 @@ def _walk(module: nn.Module, path: str, *, replaced: bool) -> Iterator[Weight]:
         }
         changes = kinds.updates(module, _decoder(base.get(_join(path, "weight"))))
         named = {_join(path, name): found for name, found in changes.items()}
+        if lost := sorted(named.keys() - base.keys()):
+            inner = type(module.get_base_layer()).__name__
+            raise MergeRefused(
+                [f"{', '.join(lost)}: the {inner} there has no such parameter to merge into"]
+            )
         for key, weight in base.items():
             yield replace(weight, updates=named[key]) if key in named else weight
     else:
@@ -174,10 +179,11 @@ def _own(module: nn.Module, path: str, replaced: bool) -> Iterator[Weight]:
 
 
 def _stored(module: Any, name: str, tensor: Any) -> Stored:
-    if tensor.device.type == "meta" and (hook := _offloading_hook(module, name)) is not None:
+    kind = type(tensor).__name__
+    hook = _offloading_hook(module, name) if tensor.device.type == "meta" else None
+    if hook is not None and kind not in ("Params4bit", "Int8Params"):
         device = torch.device(hook.execution_device)
         return OffloadedWeight(tensor, device, partial(hook.weights_map.__getitem__, name))
-    kind = type(tensor).__name__
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         return Bnb4Weight(tensor, tensor.quant_state)
     if kind == "Int8Params" and tensor.dtype == torch.int8:
@@ -227,7 +233,8 @@ def adapter_problems(
         weights: what `read_weights` found.
     """
     layers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
-    for config in model.peft_config.values():
+    for name in active_adapters(model):
+        config = model.peft_config[name]
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False) or kind in _BESIDE_THE_WEIGHTS:
             yield f"{kind} works beside the weights, so it cannot be merged; train with LoRA"
@@ -237,13 +244,16 @@ def adapter_problems(
     if not layers and not any(isinstance(m, ModulesToSaveWrapper) for m in base.modules()):
         yield "the adapter has no layer in the model that could be merged; train with LoRA"
         return
-    yield from _state_problems(layers.values())
+    wrappers = [m for m in base.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    yield from _state_problems(layers.values(), wrappers)
     yield from _layer_problems(layers, weights)
 
 
-def _state_problems(layers: Iterable[BaseTunerLayer]) -> Iterator[str]:
+def _state_problems(
+    layers: Iterable[BaseTunerLayer], wrappers: Iterable[AuxiliaryTrainingWrapper]
+) -> Iterator[str]:
     layers = list(layers)
-    if any(layer.disable_adapters for layer in layers):
+    if any(part.disable_adapters for part in (*layers, *wrappers)):
         yield "the adapter is disabled; call model.enable_adapter_layers() first"
     if any(layer.merged_adapters for layer in layers):
         yield (
@@ -264,10 +274,20 @@ def _layer_problems(
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
         inner = layer.get_base_layer()
+        below = layer.base_layer
+        if isinstance(below, BaseTunerLayer) and not hasattr(below, "parameter_name"):
+            yield f"{name}: one adapter is laid over another there; train one at a time"
+            return
+        if isinstance(below, BaseTunerLayer) and not hasattr(layer, "parameter_name"):
+            yield f"{name}: target_modules and target_parameters meet there; use one of them"
+            return
+        if not (hasattr(layer, "parameter_name") or kinds.is_active(layer)):
+            continue
         if getattr(inner, "weight", None) is None and not hasattr(layer, "parameter_name"):
             yield (
-                f"{name}: {type(inner).__name__} holds no weight that could be decoded, as GPTQ's "
-                "and AWQ's layers do not; train on a bitsandbytes or 16-bit base"
+                f"{name}: {type(inner).__name__} holds no weight that could be decoded, as GPTQ's, "
+                "AWQ's and torch's attention layers do not; target linear layers of a bitsandbytes "
+                "or 16-bit base"
             )
             return
         biased = getattr(inner, "bias", None) is not None

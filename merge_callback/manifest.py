@@ -116,10 +116,13 @@ def _base(plan: Plan) -> dict[str, str | None]:
 
 def _adapter_hash(plan: Plan) -> str:
     digest = hashlib.sha256()
+    seen: set[int] = set()  # banks that many layers share count once
     for key, weight in sorted(plan.weights.items()):
         for tensor in weight.trained:
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(host_bytes(tensor))
+            if tensor.data_ptr() not in seen or not tensor.dim():
+                digest.update(host_bytes(tensor))
+            seen.add(tensor.data_ptr())
     return digest.hexdigest()
 
 

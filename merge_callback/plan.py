@@ -24,6 +24,7 @@ from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, Plain, PlainWeight
 from merge_callback.conversions import CheckpointNames
 from merge_callback.errors import MergeRefused
+from merge_callback.exact_maths import exact_maths
 from merge_callback.live import (
     Weight,
     active_adapters,
@@ -95,8 +96,9 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all weight files, the adapter's included."""
         specs = [spec for g in self.groups for named in g.specs.values() for spec in named.values()]
-        adapter = sum(t.nbytes for w in self.weights.values() for t in w.trained)
-        return sum(spec.nbytes for spec in specs) + ("lora" in self.methods) * adapter
+        shared = {t.data_ptr(): t.nbytes for w in self.weights.values() for t in w.trained}
+        adapter = sum(shared.values()) if "lora" in self.methods else 0
+        return sum(spec.nbytes for spec in specs) + adapter
 
     def to_round(self) -> dict[str, Weight]:
         """Linear layer -> its weight, for all that `merged_4bit` has to round."""
@@ -143,6 +145,11 @@ def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
     """
     peft_model = unwrap_model(model)
     base = base_model(peft_model)
+    with exact_maths(parameter.device.type for parameter in base.parameters()):
+        return _make_plan(peft_model, base, options)
+
+
+def _make_plan(peft_model: PeftModel, base: PreTrainedModel, options: MergeOptions) -> Plan:
     weights = read_weights(base)
     problems = [*adapter_problems(peft_model, base, weights), *weight_problems(weights.values())]
     methods = options.methods(base_is_4bit=any_4bit(weights.values()))

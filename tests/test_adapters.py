@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 
+import peft
 import pytest
 import torch
 from models import adapt, load_base, logits, qlora, save_base
@@ -95,6 +96,7 @@ def in_float64(model):
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight.data, linear.bias = weight.double(), copy.deepcopy(module.bias)
             memo[id(module)] = linear
+    memo |= {id(b): b.detach().clone() for b in model.buffers() if not b.is_leaf}
     whole = copy.deepcopy(model, memo)
     for module in whole.modules():
         if isinstance(module, BaseTunerLayer):
@@ -260,6 +262,69 @@ def test_what_looks_at_other_tokens_is_refused(tmp_path):
     )
     with pytest.raises(MergeRefused, match="q_proj"):
         merge_adapter(get_peft_model(base, config), tmp_path / "out")
+
+
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+def test_dora_after_another_adapter_rescales_that_too(tmp_path, order):
+    model = qlora(tmp_path, "nf4", scale=0.1)
+    adapt(model, seed=6, name="other", use_dora=True, scale=0.1)
+    generator = torch.Generator().manual_seed(7)
+    for key, parameter in model.named_parameters():
+        if "magnitude" in key:
+            parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
+    model.base_model.set_adapter(order)
+    assert effect_error(model, merge_adapter(model, tmp_path / "out", **EXACT).path) < 2e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_an_adapter_that_is_not_active_stay(tmp_path):
+    base = load_base(save_base(tmp_path / "base", num_key_value_heads=4), "float32")
+    model = tuned(base, "IA3")
+    other = PEFT_TYPE_TO_CONFIG_MAPPING[KINDS["IA3"]](
+        target_modules=["o_proj"], feedforward_modules=[], task_type="CAUSAL_LM"
+    )
+    model.add_adapter("other", other)
+    model.set_adapter("default")
+    result = merge_adapter(model, tmp_path / "out", **EXACT)
+    assert not any("o_proj" in k for k in result.manifest["retention"]["merged_16bit"]["tensors"])
+    assert effect_error(model, result.path) < 2e-4
+
+
+def test_adapters_laid_over_each_other_are_refused(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    layer = model.get_base_model().model.layers[0].mlp
+    layer.up_proj = copy.deepcopy(layer.up_proj)
+    layer.up_proj.base_layer = copy.deepcopy(layer.up_proj)
+    with pytest.raises(MergeRefused, match="laid over another"):
+        merge_adapter(model, tmp_path / "out")
+
+
+def test_a_weight_under_another_name_is_refused(tmp_path):
+    model = qlora(tmp_path, "float32", target_modules=["q_proj"])
+    inner = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    torch.nn.utils.parametrizations.weight_norm(inner)
+    with pytest.raises(MergeRefused, match=r"q_proj\.weight: the Param.* has no such parameter"):
+        merge_adapter(model, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["kasa", "velora", "monteclora"])
+def test_variants_of_lora_merge_as_peft_computes_them(tmp_path, name):
+    known = inspect.signature(LoraConfig).parameters
+    (flag,) = (k for k in known if name in k)
+    (value,) = (getattr(peft, k) for k in dir(peft) if k.lower() == f"{name}config")
+    base = load_base(save_base(tmp_path / "base", num_key_value_heads=4), "float32")
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, **{flag: value()})
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if ".lora_B" in key:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.train()
+    ids = torch.arange(3, 20)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.eval()
+    assert effect_error(model, merge_adapter(model, tmp_path / "out", **EXACT).path) < 2e-4
 
 
 def test_replicated_layers_are_refused(tmp_path):

@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from models import adapt, load_base, qlora, same, save_base, snapshot
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 from test_adapters import effect_error
 from test_architectures import MODELS, made
 from test_calibration import batches
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig, WhisperForConditionalGeneration
 
 from merge_callback import MergeRefused, merge_adapter
 
@@ -56,7 +57,8 @@ def test_experts_that_are_one_parameter(tmp_path, name, kind, support):
     support("Bases", f"target_parameters, {name}", kind)
     model_class = made(name, tmp_path / "base")
     base = model_class.from_pretrained(tmp_path / "base", dtype=getattr(torch, kind))
-    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    router = {"gpt_oss": "router", "qwen3_moe": "gate", "mixtral": "gate"}[name]  # two dimensions
+    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", f"mlp.{router}.weight"]
     model = adapt(base, target_modules=["q_proj"], target_parameters=fused, scale=0.05)
     before = snapshot(model)
     result = merge_adapter(model, tmp_path / "out", **EXACT, verification_data=batches(1))
@@ -64,6 +66,7 @@ def test_experts_that_are_one_parameter(tmp_path, name, kind, support):
     assert effect_error(model, result.path) < 2e-4
     kept = result.manifest["retention"]["merged_16bit"]["tensors"]
     assert sum(".experts." in key for key in kept) == 4  # two parameters of two layers
+    assert sum(f".{router}.weight" in key for key in kept) == 2
     one, other = (load_file(p / "model.safetensors") for p in (tmp_path / "base", result.path))
     assert one.keys() == other.keys()
 
@@ -96,6 +99,37 @@ def test_convolutions(tmp_path, name, ends, support):
         wanted = layer.base_layer.weight.double() + delta
         error = (merged.get_submodule(key).weight.double() - wanted).norm()
         assert float(error / delta.norm()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_convolution_whose_bias_moves(tmp_path):
+    model_class = made("gemma3", tmp_path / "base")
+    base = model_class.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = IA3Config(target_modules=["patch_embedding"], feedforward_modules=[])
+    model = get_peft_model(base, config)
+    (name,) = (n for n, m in base.named_modules() if n.endswith("patch_embedding"))
+    layer = base.get_submodule(name)
+    layer.ia3_l["default"].data += 0.3 * torch.randn_like(layer.ia3_l["default"])
+    layer.base_layer.bias.data += 0.2
+    result = merge_adapter(model, tmp_path / "out", **EXACT)
+    merged = model_class.from_pretrained(result.path, dtype=torch.float32).get_submodule(name)
+    picture = torch.randn(1, 3, 32, 32)
+    assert torch.allclose(merged(picture), layer(picture), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_convolutions_that_peft_merges_wrongly_are_refused(tmp_path):
+    made("whisper", tmp_path / "base")
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base.model.encoder.conv2 = torch.nn.Conv1d(128, 128, 3, 2, 1, groups=4)
+    model = adapt(base, task_type=None, target_modules=["conv2"])
+    with pytest.raises(MergeRefused, match="lora on a Conv1d does not merge in PEFT"):
+        merge_adapter(model, tmp_path / "out", **EXACT)
+    base = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base.model.encoder.conv2 = torch.nn.Conv1d(128, 128, 3, 2, 1, padding_mode="circular")
+    model = adapt(base, task_type=None, target_modules=["conv2"])
+    with pytest.raises(MergeRefused, match="another layer than it trains"):
+        merge_adapter(model, tmp_path / "out", **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore")

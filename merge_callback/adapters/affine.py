@@ -31,11 +31,16 @@ class AffineWeight:
     def add_to(self, merged: Tensor, base: Tensor) -> None:
         alone = detached(self.layer, base.float()).to(base.device)
         inner = alone.get_base_layer()
-        count = inner.num_embeddings if isinstance(inner, nn.Embedding) else width(inner)
-        step = max(1, _AT_ONCE // max(merged.shape))
+        if isinstance(inner, nn.Embedding):
+            count, zero = inner.num_embeddings, None
+        else:
+            count = width(inner)
+            nothing = torch.zeros(1, count, device=base.device)
+            zero = alone(nothing) - inner(nothing)
+        step = max(1, _AT_ONCE // (merged.numel() // count))
         for start in range(0, count, step):
             end = min(start + step, count)
-            change = _change(alone, start, end, count, base.device)  # (end - start, out)
+            change = _change(alone, start, end, zero, count)  # (end - start, out)
             if isinstance(inner, nn.Linear):
                 merged[:, start:end] += change.t()
             else:
@@ -64,29 +69,32 @@ class AffineBias:
 
 @dataclass(frozen=True, eq=False)
 class MergedByPeft:
-    """The change to a convolution's weight, as PEFT's own merge of a float32 copy makes it."""
+    """The change to a convolution's parameter, as PEFT's merge of a float32 copy makes it."""
 
     layer: Any
+    parameter: str
+    weight: Callable[[], Tensor]  # decodes the layer's weight
 
     def add_to(self, merged: Tensor, base: Tensor) -> None:
-        alone = detached(self.layer, base.to(torch.float32, copy=True)).to(base.device)
+        weight = self.weight().to(torch.float32, copy=True)
+        alone = detached(self.layer, weight).to(base.device)
         alone.merge()
-        merged += alone.get_base_layer().weight.detach() - base.float()
+        merged += getattr(alone.get_base_layer(), self.parameter).detach() - base.float()
 
     def tensors(self) -> Iterable[Tensor]:
         return trained(self.layer)
 
 
-def _change(alone: Any, start: int, end: int, count: int, device: torch.device) -> Tensor:
-    """What the adapter adds to the outputs of some unit vectors, or tokens."""
+def _change(alone: Any, start: int, end: int, zero: Tensor | None, count: int) -> Tensor:
+    """What the adapter adds to the outputs of some unit vectors, or tokens; `zero`: of none."""
     inner = alone.get_base_layer()
-    if isinstance(inner, nn.Embedding):
+    device = inner.weight.device
+    if zero is None:
         tokens = torch.arange(start, end, device=device)
         scale = getattr(inner, "embed_scale", 1.0)  # multiplies both; what is stored is before it
         return (alone(tokens) - inner(tokens)) / scale  # type: ignore[no-any-return]
     inputs = units(count, start, end, device)
-    zero = torch.zeros(1, count, device=device)
-    change: Tensor = alone(inputs) - inner(inputs) - (alone(zero) - inner(zero))
+    change: Tensor = alone(inputs) - inner(inputs) - zero
     return change
 
 
@@ -128,6 +136,35 @@ def problems(layer: Any, base: Tensor) -> Iterator[str]:
         yield f"{kind} trains a bias where the base has none; train without lora_bias"
 
 
+@torch.no_grad()
+def convolution_problems(layer: Any, base: Tensor) -> Iterator[str]:
+    """Why PEFT's merge of a convolution is not what its forward computes; it has none for some."""
+    kind = f"{type(layer).__module__.split('.')[-2]} on a {type(layer.get_base_layer()).__name__}"
+    try:
+        alone = _moved(detached(layer, base.to(torch.float32, copy=True)))
+        inner = alone.get_base_layer()
+        inputs = picture(inner, torch.Generator().manual_seed(1)).to(base.device)
+        plain, theirs = inner(inputs), alone(inputs)
+        alone.merge()
+        error = float((inner(inputs) - theirs).norm()) / float((theirs - plain).norm())
+    except Exception as reason:
+        yield f"{kind} does not merge in PEFT ({reason}); leave it out of target_modules"
+        return
+    if not error <= _AFFINE:
+        yield f"{kind}: PEFT merges it into another layer than it trains; leave it out"
+
+
+def picture(convolution: Any, generator: torch.Generator) -> Tensor:
+    """Random inputs of a convolution, of which it gives several outputs; float32."""
+    sides = [
+        2 * dilation * (size - 1) + stride + 1
+        for size, stride, dilation in zip(
+            convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
+        )
+    ]
+    return torch.randn(2, convolution.in_channels, *sides, generator=generator)
+
+
 def _moved(alone: Any) -> Any:
     """A copy of a layer whose adapter is moved away from its start, where it may add nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -151,4 +188,5 @@ def _curvature(alone: Any) -> tuple[float, bool]:
     bent = added[3] + added[4] - added[0] - added[1]
     size = float(added.norm())
     wrong = float(bent.norm()) + float((by_itself[0] - added[2]).norm())
-    return (wrong / size if size else 0.0), size > 0
+    # A change much smaller than what it is added to is not exact in float32.
+    return wrong / max(size, 1e-2 * float(inner(x).norm()), 1e-30), size > 0

@@ -1,7 +1,7 @@
-"""A copy of one adapted layer, in float32, with nothing of the live model in it.
+"""A copy of one adapted layer, in float32, that computes apart from the live model.
 
-PEFT's own forward of the copy says what an adapter does, whatever its kind. The copy holds the base
-that it is given; of the adapter's tensors it holds its own.
+PEFT's own forward of the copy says what an adapter does, whatever its kind. Its base weight is the
+tensor that it is given; everything else is its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NOT_COPIED = {"forward", "_old_forward", "_hf_hook"}  # what accelerate puts on a module
+
 
 def detached(layer: Any, base: Tensor) -> Any:
     """Copy a tuner layer of PEFT; its base weight becomes `base`.
@@ -23,10 +25,20 @@ def detached(layer: Any, base: Tensor) -> Any:
     """
     inner = layer.get_base_layer()
     known: dict[int, Any] = {id(inner): _base_layer(inner, base)}
+    if hasattr(layer, "_tied_adapter"):  # a list with the layer of a whole embedding in it
+        known[id(layer._tied_adapter)] = []
     for module in layer.modules():  # hooks are not copied: they may hold anything
         known |= {id(v): type(v)() for k, v in vars(module).items() if _is_hooks(k)}
+        for name in _NOT_COPIED & vars(module).keys():
+            known[id(vars(module)[name])] = None
+    # What a forward has left in a buffer may hang on its graph.
+    known |= {id(b): b.detach().clone() for b in layer.buffers() if not b.is_leaf}
     alone = copy.deepcopy(layer, known)
-    vars(alone).pop("forward", None)
+    for module in alone.modules():
+        for name in _NOT_COPIED & vars(module).keys():
+            del vars(module)[name]
+        if isinstance(vars(module).get("dtype"), torch.dtype):  # what it casts its inputs to
+            module.dtype = torch.float32
     if type(inner).__module__.startswith("bitsandbytes"):
         alone.__class__ = _unquantised_class(type(layer))
         alone.quantization_backend = None
@@ -50,12 +62,13 @@ def _base_layer(inner: Any, base: Tensor) -> nn.Module:
         made.weight, made.bias = weight, bias
         return made  # type: ignore[no-any-return]
     made = copy.copy(inner)
-    vars(made).pop("forward", None)
+    for name in _NOT_COPIED & vars(made).keys():
+        del vars(made)[name]
     others = {name: p for name, p in inner._parameters.items() if name not in ("weight", "bias")}
     made._parameters = {**copy.deepcopy(others), "weight": weight}
     if "bias" in inner._parameters:
         made._parameters["bias"] = bias
-    made._buffers = copy.deepcopy(inner._buffers)
+    made._buffers, made._modules = (copy.deepcopy(d) for d in (inner._buffers, inner._modules))
     for name, value in vars(inner).items():
         if _is_hooks(name):
             vars(made)[name] = type(value)()

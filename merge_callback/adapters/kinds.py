@@ -27,14 +27,16 @@ def updates(layer: Any, weight: Callable[[], Tensor]) -> Mapping[str, tuple[Upda
         return {"weight": tokens.updates(layer)}
     if isinstance(layer, ParamWrapper):
         return lora.expert_updates(layer)
-    if not any(name in _adapters(layer) for name in layer.active_adapters):
+    if not is_active(layer):
         return {}
-    if isinstance(layer.get_base_layer(), _CONVOLUTIONS):
-        return {"weight": (affine.MergedByPeft(layer),)}
+    base = layer.get_base_layer()
+    if isinstance(base, _CONVOLUTIONS):
+        names = ("weight",) if base.bias is None else ("weight", "bias")
+        return {name: (affine.MergedByPeft(layer, name, weight),) for name in names}
     whole: tuple[Update, ...] = (
         lora.updates(layer) if lora.knows(layer) else (affine.AffineWeight(layer),)
     )
-    if getattr(layer.get_base_layer(), "bias", None) is None or _bias_stays(layer):
+    if getattr(base, "bias", None) is None or _bias_stays(layer):
         return {"weight": whole}
     return {"weight": whole, "bias": (affine.AffineBias(layer, weight),)}
 
@@ -43,19 +45,24 @@ def problems(layer: Any, weight: Callable[[], Tensor]) -> Iterator[str]:
     """Why a layer cannot be merged, each with its cure."""
     if isinstance(layer, LNTuningLayer | TrainableTokensLayer | ParamWrapper):
         return
+    if not is_active(layer):
+        return
     if lora.knows(layer) and not _any_bias(layer):
         return
     base = layer.get_base_layer()
     if isinstance(base, _CONVOLUTIONS):
-        if not hasattr(layer, "merge") or (isinstance(layer, LoraLayer) and _any_bias(layer)):
-            kind = type(layer).__module__.split(".")[-2]
-            yield f"{kind} on a {type(base).__name__} does not merge here; use plain LoRA"
+        yield from affine.convolution_problems(layer, weight())
         return
     if not is_linear(base) and not isinstance(base, nn.Embedding):
         kind = type(base).__name__
         yield f"an adapter on a {kind} does not merge here; leave it out of target_modules"
         return
     yield from affine.problems(layer, weight())
+
+
+def is_active(layer: Any) -> bool:
+    """Whether a layer holds something of an active adapter."""
+    return any(name in _adapters(layer) for name in layer.active_adapters)
 
 
 def _adapters(layer: Any) -> set[str]:

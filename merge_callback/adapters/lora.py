@@ -5,8 +5,8 @@
     Embedding:                                E' = E + s (B A)^T,    B (dim, r), A (r, vocabulary)
 
 `s` is PEFT's own `scaling[name]`: rsLoRA, rank and alpha patterns and `set_scale` are in it.
-Several active adapters add their changes to the same base, as PEFT's forward does. Knows nothing
-of how weights are stored or written.
+Several active adapters make their changes one after the other, as PEFT's forward does. Knows
+nothing of how weights are stored or written.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dora:
-    """W' = m * V / |V| with V = W + s B A; the norm of each row of the (out, in) matrix."""
+    """W' = m * V / |W0 + s B A| with V = W + s B A, by rows of the (out, in) matrix.
+
+    W is W0 with the changes of the adapters before this one, which PEFT's forward rescales too.
+    """
 
     low_rank: LowRank
     magnitude: Tensor  # (out,)
@@ -60,10 +63,9 @@ class Dora:
         rows = max(1, _ROW_VALUES // base.shape[1])
         for start in range(0, base.shape[0], rows):
             part = slice(start, start + rows)
-            weight = base[part].float()
-            direction = torch.addmm(weight, b[part], a, alpha=self.low_rank.scaling)
-            factor = magnitude[part] / torch.linalg.norm(direction, dim=1, keepdim=True)
-            merged[part] += direction.mul_(factor).sub_(weight)
+            change = self.low_rank.scaling * (b[part] @ a)
+            length = torch.linalg.norm(base[part].float() + change, dim=1, keepdim=True)
+            merged[part] = (merged[part] + change) * (magnitude[part] / length)
 
     def tensors(self) -> Iterable[Tensor]:
         return (*self.low_rank.tensors(), self.magnitude)
@@ -80,6 +82,8 @@ class Experts:
         exact: Any = copy.copy(self.layer)  # PEFT casts the factors to the parameter's dtype
         exact.get_param = lambda: torch.empty(0)
         lhs, rhs, scaling = exact.get_delta_factors(self.name)
+        if merged.dim() == 2:  # (out, in): those factors are of the transpose
+            lhs, rhs = rhs.transpose(1, 2), lhs.transpose(1, 2)
         rows = merged if merged.dim() == 3 else merged[None]
         for index in range(len(rows)):  # an expert at a time
             a, b = _float32(lhs[index].detach(), merged), _float32(rhs[index].detach(), merged)

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from merge_callback.adapters.affine import picture
 from merge_callback.adapters.detached import detached, is_linear, width
 from merge_callback.codecs import Container, runs
 from merge_callback.codecs.bnb4 import Bnb4
@@ -147,7 +148,11 @@ def adapter_problems(plan: Plan) -> Iterator[str]:
         if not _asked(layer):
             continue
         bias = plan.weights.get(f"{name}.bias")
-        error = _maths_error(layer, weight, bias, generator)
+        try:
+            error = _maths_error(layer, weight, bias, generator)
+        except Exception as reason:  # that it cannot be asked is no finding
+            logger.warning("%s: its arithmetic could not be checked (%s)", name, reason)
+            continue
         if not error <= _SAME_MATHS:
             yield f"{name}: what is merged differs from PEFT's own by {error:.2g} of the adapter"
 
@@ -155,7 +160,7 @@ def adapter_problems(plan: Plan) -> Iterator[str]:
 def _asked(layer: Any) -> bool:
     """Whether a layer can be asked: experts answer only within their model."""
     base = layer.get_base_layer()
-    return isinstance(base, nn.Linear | nn.Embedding) or is_linear(base)
+    return isinstance(base, nn.Embedding) or hasattr(base, "in_channels") or is_linear(base)
 
 
 def _maths_error(
@@ -193,6 +198,8 @@ def _maths_error_on(
 def _probes(base: Any, generator: torch.Generator) -> Tensor:
     if isinstance(base, nn.Embedding):
         return torch.randint(0, base.num_embeddings, (_PROBES,), generator=generator)
+    if not is_linear(base):
+        return picture(base, generator)
     return torch.randn(_PROBES, width(base), generator=generator)
 
 
