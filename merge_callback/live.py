@@ -145,7 +145,11 @@ def _walk(module: nn.Module, path: str, *, replaced: bool) -> Iterator[Weight]:
         if lost := sorted(named.keys() - base.keys()):
             inner = type(module.get_base_layer()).__name__
             raise MergeRefused(
-                [f"{', '.join(lost)}: the {inner} there has no such parameter to merge into"]
+                [
+                    f"{', '.join(lost)}: the {inner} there has no such parameter to merge into, as "
+                    "GPTQ's, AWQ's and torch's attention layers do not; target linear layers of a "
+                    "bitsandbytes or 16-bit base"
+                ]
             )
         for key, weight in base.items():
             yield replace(weight, updates=named[key]) if key in named else weight
@@ -283,13 +287,6 @@ def _layer_problems(
             return
         if not (hasattr(layer, "parameter_name") or kinds.is_active(layer)):
             continue
-        if getattr(inner, "weight", None) is None and not hasattr(layer, "parameter_name"):
-            yield (
-                f"{name}: {type(inner).__name__} holds no weight that could be decoded, as GPTQ's, "
-                "AWQ's and torch's attention layers do not; target linear layers of a bitsandbytes "
-                "or 16-bit base"
-            )
-            return
         biased = getattr(inner, "bias", None) is not None
         variants = [type(v) for v in getattr(layer, "lora_variant", {}).values()]
         alike.setdefault((type(layer), type(inner), biased, *variants), []).append(name)
