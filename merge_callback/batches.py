@@ -11,7 +11,6 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,21 +34,6 @@ _INPUTS = (
     "input_values",
     "pixel_values",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a merge may run the model on.
-
-    Attributes:
-        training: to calibrate with.
-        evaluation: to verify with; None: some of `training` is kept apart for it.
-        datasets: ids on the Hub, where they are known.
-    """
-
-    training: Iterable[Batch] | None = None
-    evaluation: Iterable[Batch] | None = None
-    datasets: tuple[str, ...] = ()
 
 
 class Drawn:

@@ -22,14 +22,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from merge_callback.batches import Batch, Data, TrainingData, datasets_of, drawn, take
+from merge_callback.batches import Batch, TrainingData, datasets_of, drawn, take
 from merge_callback.companions import live_settings
+from merge_callback.data import Data
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
+from merge_callback.report import metrics
 from merge_callback.store import MergeStore
 
 if TYPE_CHECKING:
@@ -291,7 +293,7 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._keep_last is not None:
             self._prune(store, self._keep_last, state)
         try:
-            self._log(moment, metrics(result))
+            self._log(moment, metrics(result.manifest))
         except Exception as error:  # of a logger that lost its connection
             logger.warning("the figures of %s could not be logged: %s", result.version, error)
 
@@ -367,17 +369,6 @@ def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:
     handler.callbacks.insert(0, callback)
     # Not trainer.log: TRL's would add its own running means to the entry, and begin them anew.
     callback._trainer_log = partial(Trainer.log, trainer)
-
-
-def metrics(result: MergeResult) -> dict[str, float]:
-    """The figures of a merge, by the names that loggers show; those of the first method."""
-    manifest = result.manifest
-    models = (manifest["verification"] or {}).get("models") or {}
-    found: dict[str, float | None] = next(iter(models.values()), {})
-    figures = {f"merge/{name}": found.get(name) for name in ("gain_kept", "kl", "agreement")}
-    figures["merge/seconds"] = sum(manifest["seconds"].values())
-    figures["merge/bytes"] = sum(file["size"] for file in manifest["files"].values())
-    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def _acts(state: TrainerState) -> bool:

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
 
-from merge_callback.batches import Batch, Data, hold_out, take
+from merge_callback.batches import Batch
 from merge_callback.calibration.choice import choose
 from merge_callback.card import write_card
 from merge_callback.companions import generation_problems, save_adapter, save_companions
+from merge_callback.data import Data, gather
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import active_adapters, keep_cpu_weights_unpacked
@@ -38,14 +39,12 @@ from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
 from merge_callback.report import write_report
 from merge_callback.retention import Retention
-from merge_callback.stand_ins import generators_kept
 from merge_callback.store import MergeStore, Version
 from merge_callback.verification.checks import broken_weights, verify_models
 from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
-_KEPT_APART = 1 / 8  # of the training data, at most, to verify with
 _NAMES = {"gain_kept": "gain kept", "kl": "KL"}
 _LITTLE = 0.5  # retention below which a 4-bit export has lost most of what was trained
 
@@ -229,7 +228,7 @@ def _export(
     last: bool,
 ) -> MergeResult:
     clock = _Clock()
-    seen, unseen, told = _gather(plan, options, data)
+    seen, unseen, told = gather(plan, options, data)
     choice = choose(plan, options, seen, last=last)
     plan = plan.with_rounded(choice.rounded)
     clock.lap("round")
@@ -301,40 +300,6 @@ def _write_cards(
             datasets=datasets,
             template=None if options.card is True else options.card,
         )
-
-
-def _gather(
-    plan: Plan, options: MergeOptions, data: Data
-) -> tuple[Sequence[Batch] | None, Sequence[Batch], str | None]:
-    """Batches to calibrate with, or None; others to verify with; and what those are, in words.
-
-    Where a method was not asked for by name, data that cannot be had is done without.
-    """
-    calibrate = options.calibration_tokens if plan.to_round() and options.wants_data else 0
-    verify = options.verify_tokens if options.verify else 0
-    unseen: Sequence[Batch] = ()
-    with generators_kept():
-        if verify and data.evaluation is not None:
-            try:
-                unseen = take(data.evaluation, verify)
-            except Exception as error:
-                logger.warning("the evaluation data cannot be used (%s)", error)
-        if data.training is None or not (calibrate or verify):
-            return None, unseen, "held-out data" if unseen else None
-        try:
-            seen: Sequence[Batch] = take(data.training, calibrate + (0 if unseen else verify))
-        except Exception as error:
-            if options.needs_data:
-                raise
-            logger.warning("the training data cannot be used (%s)", error)
-            return None, unseen, "held-out data" if unseen else None
-    if unseen:
-        return seen, unseen, "held-out data"
-    if not calibrate:
-        return None, seen, "training data"
-    if verify:
-        seen, unseen = hold_out(seen, _KEPT_APART, verify)
-    return seen, unseen, "training data that calibration did not see" if unseen else None
 
 
 def _places(plan: Plan, top: Path) -> dict[str, Path]:

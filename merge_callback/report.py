@@ -54,6 +54,16 @@ def figures_table(manifest: Manifest) -> str:
     return "\n".join([head, *rows, "", note])
 
 
+def metrics(manifest: Manifest) -> dict[str, float]:
+    """The figures of a merge, by the names that loggers show; those of its first method."""
+    models = (manifest["verification"] or {}).get("models") or {}
+    found: dict[str, float | None] = next(iter(models.values()), {})
+    figures = {f"merge/{name}": found.get(name) for name in ("gain_kept", "kl", "agreement")}
+    figures["merge/seconds"] = sum(manifest["seconds"].values())
+    figures["merge/bytes"] = sum(file["size"] for file in manifest["files"].values())
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
 def report_text(manifest: Manifest, tensors: Tensors) -> str:
     """The report for people, Markdown."""
     base = manifest["base"]["id"] or "a base made in memory"

@@ -13,10 +13,10 @@ from merge_callback.codecs import Stored, TensorSpec, runs
 
 
 @dataclass(frozen=True)
-class PlainWeight:
-    """A parameter or buffer that is no more than its tensor."""
+class _Held:
+    """What its tensor tells of itself."""
 
-    tensor: Tensor
+    tensor: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -24,14 +24,21 @@ class PlainWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+        dtype: torch.dtype = self.tensor.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
-        return self.tensor.device
+        return torch.device(self.tensor.device)
+
+
+@dataclass(frozen=True)
+class PlainWeight(_Held):
+    """A parameter or buffer that is no more than its tensor."""
 
     def decode(self, device: torch.device) -> Tensor:
-        return self.tensor.detach().to(device)
+        tensor: Tensor = self.tensor.detach().to(device)
+        return tensor
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether all values survive a cast to `dtype`, as those of an up-cast weight do."""
@@ -65,23 +72,8 @@ class OffloadedWeight:
 
 
 @dataclass(frozen=True)
-class Dequantised:
+class Dequantised(_Held):
     """A weight of another quantiser, whose tensor can give its values by itself (torchao's)."""
-
-    tensor: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.tensor.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.tensor.device)
 
     def decode(self, device: torch.device) -> Tensor:
         values: Tensor = self.tensor.detach().dequantize()

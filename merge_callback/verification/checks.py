@@ -81,7 +81,7 @@ def verify_models(
     """
     done = Verification()
     with generators_kept(), evaluating(plan.model), torch.no_grad():
-        done.problems += _done("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
+        done.problems += _try("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
         models: dict[str, PreTrainedModel] = {}
         for method, place in places.items():
             done.problems += _processor_problems(place, processing_class)
@@ -93,7 +93,7 @@ def verify_models(
                 done.problems.append(str(error))
                 continue
             found: dict[str, Deviation] = {}
-            found = _done(f"{method}: its weights", partial(deviations, plan, method, model), found)
+            found = _try(f"{method}: its weights", partial(deviations, plan, method, model), found)
             if found:
                 done.deviations[method] = found
             if broken := worst(found, _WORST):
@@ -160,7 +160,7 @@ def _not_compared(error: Exception) -> str:
     return f"outputs could not be compared ({error})"
 
 
-def _done(what: str, check: Callable[[], _T], otherwise: _T) -> _T:
+def _try(what: str, check: Callable[[], _T], otherwise: _T) -> _T:
     """What a check finds; that it cannot be made is no finding."""
     try:
         return check()

@@ -94,8 +94,9 @@ def compare_outputs(
         for piece in split_batch(batch, _PIECE):
             spoken, are_logits = live.outputs(piece)
             targets = targets_of(live.model, piece, spoken)
-            classes = are_logits and spoken.shape[-1] > 1
-            classes = classes and (targets is not None or not _whole_labels(piece, spoken))
+            # Labels that are no targets are of several classes at once, or values.
+            known = targets is not None or (spoken.dim() == 2 and "labels" not in piece)
+            classes = are_logits and spoken.shape[-1] > 1 and known
             rows = _Rows(spoken, targets, token_mask(piece), scores_classes=classes)
             if base is not None:
                 ground.add(rows, base.outputs(piece)[0])
@@ -121,11 +122,6 @@ class Silent(Exception):
     def __init__(self, errors: Mapping[str, Exception], figures: Mapping[str, Comparison]):
         self.errors, self.figures = errors, figures
         super().__init__("; ".join(f"{name}: {error}" for name, error in errors.items()))
-
-
-def _whole_labels(batch: Batch, outputs: Tensor) -> bool:
-    """Whether outputs are of sequences as a whole, and their labels no classes; or of tokens."""
-    return "labels" in batch if outputs.dim() == 2 else True
 
 
 def targets_of(model: PreTrainedModel, batch: Batch, outputs: Tensor) -> Tensor | None:
