@@ -5,10 +5,19 @@ trainer = SFTTrainer(model=model, peft_config=lora, callbacks=[MergeOnSaveCallba
 
 from merge_callback.callback import MergeFailure, MergeOnSaveCallback, attach
 from merge_callback.compare import compare
-from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
+from merge_callback.errors import (
+    CorruptVersion,
+    MergeError,
+    MergeRefused,
+    PushError,
+    PushRefused,
+    VerificationError,
+)
 from merge_callback.export import MergeResult, merge_adapter
 from merge_callback.options import MergeOptions
+from merge_callback.push import Push
 from merge_callback.store import MergeStore, Version
+from merge_callback.uploads import push_version
 from merge_callback.verification.outputs import Comparison
 
 __version__ = "0.1.0"
@@ -23,9 +32,13 @@ __all__ = [
     "MergeRefused",
     "MergeResult",
     "MergeStore",
+    "Push",
+    "PushError",
+    "PushRefused",
     "VerificationError",
     "Version",
     "attach",
     "compare",
     "merge_adapter",
+    "push_version",
 ]

@@ -31,6 +31,8 @@ from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
+from merge_callback.publisher import Publisher
+from merge_callback.push import Push
 from merge_callback.report import metrics
 from merge_callback.store import MergeStore
 
@@ -42,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergeFailure:
-    """A merge that failed while `on_error="warn"` let training go on."""
+    """A merge that failed while `on_error="warn"` let training go on, or a push."""
 
     step: int
     error: Exception
@@ -100,14 +102,26 @@ class MergeOnSaveCallback(TrainerCallback):
         keep_last: how many of the versions of this run to keep; None: all. The best step's always
             stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
+        push_to_hub: push each version in the background, see `push_version`, and wait for it when
+            training ends. A push that fails is a warning and stays pending, whatever `on_error` is;
+            the next run into the same directory goes on with it. Several save methods: one
+            repository, with a directory for each.
+        hub_model_id: repository, as it stands. None: `<args.hub_model_id, or name of the
+            output_dir>-merged`.
+        hub_token: None: `args.hub_token`, HF_TOKEN, or that of `hf auth login`.
+        hub_private_repo: of a repository that has to be made; None: as its namespace has it.
+        hub_revision: branch that holds the newest version; None: main.
+        hub_preflight: see before training whether the repository can be written; it is made then.
 
     Attributes:
         results: one `MergeResult` for each version that was published.
-        failures: one `MergeFailure` for each merge that failed under `on_error="warn"`.
+        pushes: one `Push` for each version that arrived on the Hub.
+        failures: one `MergeFailure` for each merge that failed under `on_error="warn"`, and for
+            each push that failed.
 
     Raises:
         MergeRefused: an option that cannot be honoured; or, when training begins, all that stands
-            against the merge.
+            against the merge, or (PushRefused) against the push.
         MergeError: a merge failed. At the end of training the adapter has been saved by then, and
             the error says where.
     """
@@ -135,6 +149,12 @@ class MergeOnSaveCallback(TrainerCallback):
         card: bool | str | os.PathLike[str] = True,
         keep_last: int | None = None,
         on_error: str = "raise",
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_token: str | None = None,
+        hub_private_repo: bool | None = True,
+        hub_revision: str | None = None,
+        hub_preflight: bool = True,
     ):
         self._options = MergeOptions(
             save_method=save_method,
@@ -160,6 +180,7 @@ class MergeOnSaveCallback(TrainerCallback):
                 [f"keep_last={keep_last} would keep nothing; use 1 or more, or None"]
             )
         self.results: list[MergeResult] = []
+        self.pushes: list[Push] = []
         self.failures: list[MergeFailure] = []
         self._output_dir = output_dir
         self._merge_on_save = merge_on_save
@@ -168,6 +189,11 @@ class MergeOnSaveCallback(TrainerCallback):
         self._datasets: tuple[str, ...] = ()
         self._trainer_log: Callable[[dict[str, float]], None] | None = None
         self._on_error = on_error
+        self._publisher = (
+            Publisher(hub_model_id, hub_token, hub_private_repo, hub_revision, hub_preflight)
+            if push_to_hub
+            else None
+        )
         self._settings: dict[str, Any] | None = None
         self._data: TrainingData | None = None
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
@@ -202,6 +228,8 @@ class MergeOnSaveCallback(TrainerCallback):
         self._merged = None
         saves = self._saves_to_come(args, state)
         plan = check_merge(model, self._store(args), self._options, saves=saves)
+        if self._publisher is not None:
+            self._publisher.begin(args, self._store(args))
         if self._data is not None:  # of a training that was cut off
             self._data.close()
         self._datasets = datasets_of(train_dataloader)
@@ -253,10 +281,15 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._data is not None:
             self._data.close()
         best_step = _best_step(args, state)
-        if self._merged == (state.global_step, None) and best_step in (None, state.global_step):
-            return
         moment = _Moment(args, state, model, processing_class, eval_dataloader, best_step, True)
-        self._try(moment, rescue=True)
+        saved = self._merged == (state.global_step, None)
+        try:
+            if not (saved and best_step in (None, state.global_step)):
+                self._try(moment, rescue=True)
+        except MergeError:
+            self._finish_pushes(moment)
+            raise
+        self._finish_pushes(moment)
 
     def _try(self, moment: _Moment, *, rescue: bool = False) -> None:
         """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
@@ -290,8 +323,9 @@ class MergeOnSaveCallback(TrainerCallback):
         # Before the end "auto" does less than it can, so the end of training merges once more.
         if moment.last or self._options.rounding != "auto":
             self._merged = (state.global_step, moment.best_step)
-        if self._keep_last is not None:
-            self._prune(store, self._keep_last, state)
+        if self._publisher is not None:
+            self._publisher.add(store.version(result.version))
+        self._prune(store, state)
         try:
             self._log(moment, metrics(result.manifest))
         except Exception as error:  # of a logger that lost its connection
@@ -313,13 +347,27 @@ class MergeOnSaveCallback(TrainerCallback):
             entry = {**figures, "epoch": moment.state.epoch, "step": moment.state.global_step}
             moment.state.log_history.append(entry)
 
-    def _prune(self, store: MergeStore, keep_last: int, state: TrainerState) -> None:
+    def _finish_pushes(self, moment: _Moment) -> None:
+        """Wait for pushes; one that failed is said, and stays pending."""
+        if self._publisher is None:
+            return
+        done, failed = self._publisher.finish(progress=not moment.args.disable_tqdm)
+        self.pushes += done
+        for failure in failed:
+            logger.warning("%s", failure.error)
+            step = failure.version.manifest["step"]
+            self.failures.append(MergeFailure(step, failure.error))
+        self._prune(self._store(moment.args), moment.state)  # what was pending has stayed
+
+    def _prune(self, store: MergeStore, state: TrainerState) -> None:
         """Remove old versions of this run; that it fails is no failure of the merge."""
+        if self._keep_last is None:
+            return
         best = {state.best_global_step, _checkpoint_step(state.best_model_checkpoint)}
         keep = frozenset(step for step in best if step is not None)
         names = [result.version for result in self.results]
         try:
-            for name in store.prune(keep_last, names=names, keep_steps=keep):
+            for name in store.prune(self._keep_last, names=names, keep_steps=keep):
                 logger.info("pruned %s", store.root / name)
         except OSError as error:
             logger.warning("old versions in %s could not be removed: %s", store.root, error)

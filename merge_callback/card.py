@@ -6,11 +6,14 @@ What the Hub asks for stands in its header; the text comes from a template, ours
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
@@ -19,13 +22,14 @@ from merge_callback.report import figures_table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _PLACEHOLDER = "path/to/this/directory"
+_PATH = re.compile(rf'path = "{_PLACEHOLDER}(/(?P<inside>\w+))?"\n')
 
 
 def write_card(
     directory: Path,
     model: PreTrainedModel,
     manifest: Mapping[str, Any],
-    method: str,
+    methods: Sequence[str],
     *,
     processor: str | None = None,
     datasets: Sequence[str] = (),
@@ -36,42 +40,70 @@ def write_card(
     Args:
         model: the live model, without its adapter's wrapper.
         manifest: what stands in merge_manifest.json.
-        method: how the model in `directory` was saved.
+        methods: how the model in `directory` was saved; several: each in a directory of its name.
         processor: class of the tokenizer or processor beside it.
         datasets: ids on the Hub.
         template: a Jinja file of the user's. It is given `card_data`, and by name `title`,
-            `base_model`, `method`, `manifest`, `figures` and `snippet`, the last two Markdown.
+            `base_model`, `methods`, `manifest`, `figures` and `snippet`, the last two Markdown.
     """
     path = directory / "README.md"
     if path.exists():
         return
-    source = manifest["base"]["id"]
+    base = manifest["base"]
+    source = base["id"]
+    known = base["revision"] is not None or _on_the_hub(source)
     data = ModelCardData(
-        base_model=source if _on_the_hub(source) else None,
-        base_model_relation="finetune" if _on_the_hub(source) else None,
+        base_model=source if known else None,
+        base_model_relation="finetune" if known else None,
         library_name="transformers",
-        license=_licence(model),
         datasets=list(datasets) or None,
-        tags=["merge_callback", "lora", *(["bitsandbytes"] if method == "merged_4bit" else [])],
+        tags=["merge_callback", "lora", *(["bitsandbytes"] if "merged_4bit" in methods else [])],
+        **_licence(model),  # type: ignore[arg-type]
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template or TEMPLATE),
         title=f"{source or type(model).__name__}, fine-tuned",
         base_model=source,
-        method=method,
+        methods=methods,
         manifest=manifest,
         figures=figures_table(manifest),
-        snippet=snippet(model, processor),
+        snippet=snippet(model, processor, _folder(methods)),
     )
     path.write_text(str(card))
 
 
-def snippet(model: PreTrainedModel, processor: str | None) -> str:
+def card_for_the_hub(text: str, repo_id: str, folder: str = "") -> str:
+    """A card as it stands in a repository: its Python loads from there.
+
+    A base model that is a path of the machine that trained is left out: the Hub refuses such a
+    card, and PEFT writes them.
+
+    Args:
+        folder: of the repository, that the card lies in.
+    """
+
+    def load(call: re.Match[str]) -> str:
+        inside = call["inside"] or folder
+        return f'"{repo_id}"' + (f', subfolder="{inside}"' if inside else "")
+
+    place = _PATH.search(text)
+    if place is not None:
+        text = _PATH.sub("", text).replace("from_pretrained(path", f"from_pretrained({load(place)}")
+    card = ModelCard(text, ignore_metadata_errors=True)
+    base = card.data.get("base_model")
+    if isinstance(base, str) and not _names_a_repository(base):
+        card.data.pop("base_model")
+        card.data["tags"] = [tag for tag in card.data.get("tags") or () if base not in tag] or None
+        return str(card)
+    return text
+
+
+def snippet(model: PreTrainedModel, processor: str | None, inside: str = "") -> str:
     """Python that loads the model, and generates where it can."""
     name = type(model).__name__
     kind = next((auto for auto, names in _AUTO.items() if name in names.values()), name)
-    lines = [f"from transformers import {kind}", "", f'path = "{_PLACEHOLDER}"']
+    lines = [f"from transformers import {kind}", "", f'path = "{_PLACEHOLDER}{inside}"']
     lines.append(f'model = {kind}.from_pretrained(path, device_map="auto")')
     if processor is not None:
         auto = "AutoTokenizer" if "Tokenizer" in processor else "AutoProcessor"
@@ -84,6 +116,11 @@ def snippet(model: PreTrainedModel, processor: str | None) -> str:
                 "print(processor.decode(outputs[0], skip_special_tokens=True))",
             ]
     return "\n".join(["```python", *lines, "```"])
+
+
+def _folder(methods: Sequence[str]) -> str:
+    """Where the first merged model lies below the card."""
+    return "" if len(methods) == 1 else "/" + next(name for name in methods if name != "lora")
 
 
 _AUTO = {
@@ -100,11 +137,19 @@ def _on_the_hub(source: str | None) -> bool:
     return bool(source) and str(source).count("/") == 1 and not os.path.exists(str(source))
 
 
-def _licence(model: PreTrainedModel) -> str | None:
-    """That of the base, where its card is at hand."""
+def _names_a_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def _licence(model: PreTrainedModel) -> dict[str, str]:
+    """That of the base, with its name and link, where its card is at hand."""
     source = getattr(model.config, "_name_or_path", "") or ""
     if not source:
-        return None
+        return {}
     try:
         found = cached_file(
             source,
@@ -114,6 +159,8 @@ def _licence(model: PreTrainedModel) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return ModelCard.load(found).data.get("license") if found else None
+        data = ModelCard.load(found).data if found else {}
     except (OSError, ValueError):  # it is gone, or its header is no YAML: not ours to mend
-        return None
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: value for key in keys if (value := data.get(key)) is not None}

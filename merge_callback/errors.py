@@ -14,10 +14,26 @@ class MergeError(Exception):
 class MergeRefused(MergeError):
     """What was asked for cannot be exported; every problem that was found is listed at once."""
 
+    headline = "this adapter cannot be merged"
+
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
-        super().__init__(f"this adapter cannot be merged:{lines}")
+        super().__init__(f"{self.headline}:{lines}")
+
+
+class PushRefused(MergeRefused):
+    """What was asked for cannot be pushed; found before training."""
+
+    headline = "the merged model cannot be pushed"
+
+
+class PushError(MergeError):
+    """A push that failed. The version is whole on the disk, and the push can be resumed."""
+
+
+class PushStopped(PushError):
+    """A push that was stopped before its next step."""
 
 
 class CorruptVersion(MergeError):

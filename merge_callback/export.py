@@ -271,7 +271,9 @@ def _export(
         except Exception as error:  # of matplotlib, mostly: the model is worth more
             logger.warning("the report failed: %s", error, exc_info=error)
         try:
-            _write_cards(plan, options, places, manifest, processing_class, data.datasets)
+            _write_cards(
+                plan, options, draft.path, places, manifest, processing_class, data.datasets
+            )
         except Exception as error:  # of a template, mostly
             logger.warning("the model card failed: %s", error, exc_info=error)
         draft.seal()
@@ -283,19 +285,22 @@ def _export(
 def _write_cards(
     plan: Plan,
     options: MergeOptions,
+    top: Path,
     places: Mapping[str, Path],
     manifest: Mapping[str, Any],
     processing_class: Any,
     datasets: Sequence[str],
 ) -> None:
+    """A card beside each model, and one above them if there are several."""
     if not options.card:
         return
-    for method, place in places.items():
+    cards = [(place, (method,)) for method, place in places.items()]
+    for place, methods in [*cards, (top, plan.methods)]:
         write_card(
             place,
             plan.model,
             manifest,
-            method,
+            methods,
             processor=processing_class and type(processing_class).__name__,
             datasets=datasets,
             template=None if options.card is True else options.card,

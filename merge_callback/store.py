@@ -90,7 +90,9 @@ class MergeStore:
         """All published versions, the oldest first."""
         if not self.root.is_dir():
             return []
-        found = [version for path in self.root.iterdir() if (version := _read(path)) is not None]
+        found = [
+            version for path in self.root.iterdir() if (version := read_version(path)) is not None
+        ]
         return sorted(found, key=lambda v: (v.manifest["created"], _number(v.name)))
 
     def latest(self) -> Version | None:
@@ -98,20 +100,32 @@ class MergeStore:
         merged = [v for v in self.versions() if v.manifest["kind"] == "merged"]
         return merged[-1] if merged else None
 
+    def version(self, name: str) -> Version:
+        """The version of a name.
+
+        Raises:
+            CorruptVersion: there is none.
+        """
+        found = read_version(self.root / name)
+        if found is None:
+            raise CorruptVersion(
+                f"{self.root / name} has no readable {MANIFEST}: it is not a published version"
+            )
+        return found
+
+    def pending(self) -> list[Version]:
+        """Those that still have to be pushed, the oldest first."""
+        return [version for version in self.versions() if push_marker(version.path).exists()]
+
     def verify(self, version: Version | str) -> None:
         """Compare every file of a version with its sha256 in the manifest.
 
         Raises:
             CorruptVersion: a file is missing or differs; or there is no such version.
         """
-        path = version.path if isinstance(version, Version) else self.root / version
-        found = _read(path)
-        if found is None:
-            raise CorruptVersion(
-                f"{path} has no readable {MANIFEST}: it is not a published version"
-            )
+        found = self.version(version.name if isinstance(version, Version) else version)
         files = found.manifest["files"]
-        _check(path, {name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()})
+        _check(found.path, {name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()})
 
     def check(self, nbytes: int) -> None:
         """Make sure that `nbytes` can be written below the root, by writing a little.
@@ -142,12 +156,12 @@ class MergeStore:
             )
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        path, lock = self._claim_draft(name)
+        path, held = self._claim_draft(name)
         try:
             yield Draft(path)
         finally:
             shutil.rmtree(path, ignore_errors=True)  # gone already when it was published
-            os.close(lock)
+            os.close(held)
 
     def publish(self, draft: Draft, name: str, manifest: Mapping[str, Any]) -> Version:
         """Make a sealed draft version `name`, or `name-v2`, ...; durable when this returns."""
@@ -189,14 +203,14 @@ class MergeStore:
             path = self._draft_path(name)
             path.mkdir()
             try:
-                lock = _lock(path)
+                held = lock(path)
             except OSError:
                 path.rmdir()
                 raise
-            if lock is not None:
-                if _is_at(lock, path):
-                    return path, lock
-                os.close(lock)  # another process took it for stale before the lock was ours
+            if held is not None:
+                if _is_at(held, path):
+                    return path, held
+                os.close(held)  # another process took it for stale before the lock was ours
 
     def _draft_path(self, name: str) -> Path:
         return self.root / f".{name}.{_host()}.{uuid.uuid4().hex}.draft"
@@ -208,17 +222,17 @@ class MergeStore:
             if match is None or match["host"] != _host():
                 continue
             try:
-                lock = _lock(path, where_unsupported=False)
+                held = lock(path, where_unsupported=False)
             except OSError:  # not a directory, or not ours to open
                 continue
-            if lock is not None:
+            if held is not None:
                 logger.warning("removing %s, left by a process that died", path)
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+                os.close(held)
 
     def _rename(self, draft: Path, name: str) -> Path:
-        for number in count(1):
-            target = self.root / (name if number == 1 else f"{name}-v{number}")
+        for candidate in numbered(name):
+            target = self.root / candidate
             try:
                 target.mkdir()
             except FileExistsError:
@@ -236,11 +250,18 @@ class MergeStore:
     def _remove(self, version: Version) -> None:
         """One rename takes the version away whole; the rest is a stale draft's business."""
         gone = self._draft_path(version.name)
-        lock = _lock(version.path)
+        held = lock(version.path)
         version.path.rename(gone)
         shutil.rmtree(gone)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """`name`, `name-v2`, `name-v3` and so on."""
+    yield name
+    for number in count(2):
+        yield f"{name}-v{number}"
 
 
 def push_marker(version: Path) -> Path:
@@ -248,7 +269,7 @@ def push_marker(version: Path) -> Path:
     return version.parent / f".{version.name}.push"
 
 
-def _read(path: Path) -> Version | None:
+def read_version(path: Path) -> Version | None:
     """The version at `path`; None when there is none, whatever else lies there."""
     if path.name.startswith(".") or path.is_symlink():
         return None
@@ -286,7 +307,7 @@ def _host() -> str:
     return re.sub(r"[^\w-]", "-", socket.gethostname())
 
 
-def _lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
+def lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
     """An open descriptor with an exclusive lock on a directory; it ends with the process.
 
     None when it is taken, or gone. On a file system without locks: an unlocked descriptor, or None

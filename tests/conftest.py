@@ -6,8 +6,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import time
+
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import HubServer
+
+import merge_callback.hub
+import merge_callback.publisher
 
 torch.set_num_threads(1)  # the models are tiny; more threads only wait for each other
 
@@ -15,6 +22,30 @@ torch.set_num_threads(1)  # the models are tiny; more threads only wait for each
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A Hub in a process of its own."""
+    server = HubServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def hub_client(server, monkeypatch):
+    """A client that talks to the server, and waits a hundredth of what it would."""
+    server.reset()
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(merge_callback.hub, "DELAYS", (0.01, 0.02))
+    monkeypatch.setattr(merge_callback.publisher, "QUICK", (0.01, 0.02))
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
 
 
 def pytest_collection_modifyitems(items):

@@ -148,7 +148,7 @@ def test_a_run_tells_its_datasets(tmp_path):
 
 def test_a_template_of_the_users(tmp_path, model, caplog):
     template = tmp_path / "mine.jinja"
-    template.write_text("---\n{{ card_data }}\n---\nMine: {{ method }} of {{ base_model }}\n")
+    template.write_text("---\n{{ card_data }}\n---\nMine: {{ methods[0] }} of {{ base_model }}\n")
     result = merge_adapter(model, tmp_path / "out", card=template)
     assert "Mine: merged_4bit of base" in (result.path / "README.md").read_text()
     assert not (merge_adapter(model, tmp_path / "out", card=False).path / "README.md").exists()

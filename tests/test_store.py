@@ -190,7 +190,7 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_left(tmp_path, c
 def test_a_draft_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     import merge_callback.store as module
 
-    lock, calls = module._lock, []
+    lock, calls = module.lock, []
 
     def swept(directory, **settings):
         calls.append(directory)
@@ -198,7 +198,7 @@ def test_a_draft_that_was_swept_before_it_was_locked_is_made_again(tmp_path, mon
             directory.rmdir()  # the sweep of another process came first
         return lock(directory, **settings)
 
-    monkeypatch.setattr(module, "_lock", swept)
+    monkeypatch.setattr(module, "lock", swept)
     assert publish(MergeStore(tmp_path), "m").name == "m"
     assert listing(tmp_path) == ["m"]
 
