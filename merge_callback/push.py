@@ -122,10 +122,7 @@ class _File:
 
 def _files(version: Version, repo_id: str) -> dict[str, _File]:
     """Path in the repository -> file. Cards are as they stand on the disk, links set right."""
-    files = {
-        name: _File(version.path / name, FileRecord(**record))
-        for name, record in version.manifest["files"].items()
-    }
+    files = {name: _File(version.file(name), record) for name, record in version.records().items()}
     for name in [name for name in files if PurePosixPath(name).name == CARD]:
         card = _card(version.path / name, repo_id)
         if card is None:
@@ -241,7 +238,7 @@ class _Remote:
                 branches = self._branches()
             head = branches[name]
             tree = self._tree(head)
-            if self._is_ours(tree) or head in self._history():
+            if self._is_ours(tree) or head == branches["main"] or head in self._history():
                 return name, head, tree
         raise AssertionError("unreachable")
 

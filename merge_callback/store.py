@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
@@ -44,6 +44,22 @@ class Version:
     name: str
     path: Path
     manifest: Mapping[str, Any]
+
+    def records(self) -> dict[str, FileRecord]:
+        """What each file is known by, by its path below the version."""
+        files = self.manifest["files"]
+        return {name: FileRecord(found["size"], found["sha256"]) for name, found in files.items()}
+
+    def file(self, name: str) -> Path:
+        """Where a file lies.
+
+        Raises:
+            CorruptVersion: a link leads out of the version.
+        """
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise CorruptVersion(f"{path} leads out of the version; do not use it")
+        return path
 
 
 class Draft:
@@ -124,8 +140,9 @@ class MergeStore:
             CorruptVersion: a file is missing or differs; or there is no such version.
         """
         found = self.version(version.name if isinstance(version, Version) else version)
-        files = found.manifest["files"]
-        _check(found.path, {name: FileRecord(f["size"], f["sha256"]) for name, f in files.items()})
+        for name in found.records():
+            found.file(name)
+        _check(found.path, found.records())
 
     def check(self, nbytes: int) -> None:
         """Make sure that `nbytes` can be written below the root, by writing a little.
@@ -279,9 +296,26 @@ def read_version(path: Path) -> Version | None:
             logger.warning("%s was written by a newer merge_callback and is left alone", path)
             return None
         complete = {"kind", "created", "step", "best_step", "files"} <= manifest.keys()
-    except (OSError, ValueError, KeyError, TypeError):
+        sound = complete and all(map(_is_record, manifest["files"].items()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Version(path.name, path, manifest) if complete else None
+    return (
+        Version(path.name, path, manifest)
+        if sound and isinstance(manifest["created"], str)
+        else None
+    )
+
+
+def _is_record(item: tuple[Any, Any]) -> bool:
+    """Whether a manifest's entry names a file below its version, and says what it is known by."""
+    name, record = item
+    below = name == PurePosixPath(name).as_posix() and not name.startswith("/") and "\0" not in name
+    return (
+        below
+        and not {"..", "."} & set(name.split("/"))
+        and isinstance(record["size"], int)
+        and isinstance(record["sha256"], str)
+    )
 
 
 def _check(directory: Path, records: Mapping[str, FileRecord]) -> None:

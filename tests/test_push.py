@@ -259,6 +259,24 @@ def test_a_file_that_rotted_on_the_disk_is_not_tagged(tmp_path, server, path):
     assert push_version(broken.path).tag == "step-2"
 
 
+def test_a_link_that_leads_out_of_the_version_is_not_uploaded(tmp_path, server):
+    version = make(tmp_path / "store")
+    (tmp_path / "secret").write_bytes(TWO["config.json"])
+    (version.path / "config.json").unlink()
+    (version.path / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(PushError, match="leads out of the version"):
+        push_version(version.path, REPO)
+    assert sent(server) == [] and state(server)["tags"] == {}
+
+
+def test_a_hub_that_asks_for_a_long_wait_is_asked_again_by_the_next_push(tmp_path, server):
+    server.fault("/tag/", "status", status=429, headers={"Retry-After": "3600"}, times=1)
+    version = make(tmp_path)
+    with pytest.raises(PushError, match="wait some minutes"):
+        push_version(version.path, REPO)
+    assert push_version(version.path).tag == "step-1"
+
+
 # Faults
 
 ENDPOINTS = {

@@ -187,6 +187,43 @@ def test_drafts_of_the_dead_are_removed_and_those_of_the_living_left(tmp_path, c
         assert f"removing {tmp_path / name}" in caplog.text
 
 
+HOSTILE = {
+    "../other/config.json": {"size": 1, "sha256": ""},
+    "/etc/passwd": {"size": 1, "sha256": ""},
+    "a/../../b": {"size": 1, "sha256": ""},
+    ".": {"size": 1, "sha256": ""},
+    "": {"size": 1, "sha256": ""},
+    "a//b": {"size": 1, "sha256": ""},
+    "a\0b": {"size": 1, "sha256": ""},
+    "no size": {"sha256": ""},
+    "no hash": {"size": 1},
+    "words": {"size": "1", "sha256": ""},
+    "a list": [],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_manifest_that_names_what_is_no_file_of_its_version_makes_no_version(tmp_path, name):
+    version = publish(MergeStore(tmp_path))
+    manifest = json.loads((version.path / MANIFEST).read_text())
+    manifest["files"][name] = HOSTILE[name]
+    (version.path / MANIFEST).write_text(json.dumps(manifest))
+    assert MergeStore(tmp_path).versions() == []
+
+
+def test_a_link_that_leads_out_of_a_version_is_not_followed(tmp_path):
+    store = MergeStore(tmp_path / "store")
+    version = publish(store)
+    name = next(iter(version.records()))
+    content = (version.path / name).read_bytes()
+    (tmp_path / "secret").write_bytes(content)
+    (version.path / name).unlink()
+    (version.path / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CorruptVersion, match="leads out of the version"):
+        store.verify(version)
+
+
 def test_a_draft_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
     import merge_callback.store as module
 
