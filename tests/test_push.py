@@ -16,6 +16,7 @@ import merge_callback.hub
 from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError
 from merge_callback import push_version as push_in_public
 from merge_callback.hub import Hub, Target
+from merge_callback.push import _Remote
 from merge_callback.store import lock, push_marker
 from merge_callback.uploads import Uploads
 
@@ -170,6 +171,21 @@ def test_runs_that_race_have_tags_of_their_own_and_main_is_the_newest(
     for i, push in done.items():
         assert server.file(REPO, push.tag, "config.json") == b"%d" % i
     assert tree(server, "main") == tree(server, done[3].tag)
+
+
+def test_a_newer_version_that_comes_between_is_not_replaced(tmp_path, server, monkeypatch):
+    HfApi().create_repo(REPO)
+    old, new = make(tmp_path, ONE), make(tmp_path, TWO, "step-2")
+    commit, between = _Remote._commit, [new]
+
+    def late(self, branch, *args):
+        if branch == "main" and between:
+            assert push_version(between.pop().path, REPO).newest
+        return commit(self, branch, *args)
+
+    monkeypatch.setattr(_Remote, "_commit", late)
+    assert not push_version(old.path, REPO).newest
+    assert tree(server, "main") == tree(server, "step-2")
 
 
 def test_an_older_version_does_not_take_the_place_of_a_newer_one(tmp_path, server):
