@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 
-.PHONY: install format check test test-quick support-matrix demo bench bench-fidelity clean
+.PHONY: install format check test test-quick test-faults support-matrix demo bench bench-fidelity clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ QUICK := $(addprefix tests/test_, codecs.py conversions.py rounding.py shards.py
 
 test-quick: install
 	$(BIN)/python -m pytest $(QUICK)
+
+test-faults: install
+	$(BIN)/python -m pytest -m faults --support docs/reliability.md
+	$(BIN)/python -m pytest tests/test_faults.py
 
 support-matrix: install
 	$(BIN)/python -m pytest -m matrix --support docs/support.md

@@ -8,6 +8,7 @@ first and each file is written once, front to back. Source: safetensors' README,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _BYTES_AT_ONCE = 1 << 24
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 class FileRecord(NamedTuple):
@@ -201,9 +203,15 @@ def sync_directories(top: Path, files: Iterable[Path]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make what lies at `path`, file or directory, durable."""
+    """Make what lies at `path`, file or directory, durable.
+
+    Some network file systems cannot do so for directories; they keep them in step by themselves.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

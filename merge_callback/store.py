@@ -5,13 +5,15 @@
     <root>/.step-00000500.<host>.<id>.draft/   a draft: its owner holds a lock on it
 
 A draft is a sibling of what it becomes, so that publishing is one rename: first the target is
-claimed by an exclusive mkdir, then the draft is renamed onto that empty directory. Nothing that
-exists is ever written to; whatever stands at the target moves the number on. A process that dies
+claimed by an exclusive mkdir, then the draft is renamed onto that empty directory; where that is
+not possible its files are moved one by one, the manifest last. Nothing that exists is ever written
+to; whatever stands at the target moves the number on. A process that dies
 between the two leaves an empty directory, which is no version. POSIX only.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +37,17 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "merge_manifest.json"
 SCHEMA = 1
+_LARGEST_MANIFEST = 1 << 28  # bytes; some hundred for each weight
+# What file systems say that do not rename onto an empty directory.
+_NO_RENAME_ONTO = (
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EXDEV,
+)
 _DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<id>[0-9a-f]{32})\.draft")
 
 
@@ -54,9 +68,11 @@ class Version:
         """Where a file lies.
 
         Raises:
-            CorruptVersion: a link leads out of the version.
+            CorruptVersion: a link leads out of the version, or it is a pipe or the like.
         """
         path = self.path / name
+        if path.exists() and not path.is_file():
+            raise CorruptVersion(f"{path} is no file; do not use it")
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise CorruptVersion(f"{path} leads out of the version; do not use it")
         return path
@@ -188,7 +204,10 @@ class MergeStore:
         (draft.path / MANIFEST).write_text(text)
         sync_directories(draft.path, [draft.path / MANIFEST])
         target = self._rename(draft.path, name)
-        sync(self.root)
+        try:
+            sync(self.root)
+        except OSError as error:  # it is there, whole, all the same
+            logger.warning("%s may be gone after a power failure: %s", target, error)
         return Version(target.name, target, json.loads(text))
 
     def prune(
@@ -256,11 +275,13 @@ class MergeStore:
                 continue
             try:
                 draft.rename(target)
-            except OSError:
+            except OSError as error:
                 if target.is_dir() and any(target.iterdir()):  # somebody moved in: let them have it
                     continue
-                target.rmdir()
-                raise
+                if error.errno not in _NO_RENAME_ONTO:
+                    target.rmdir()
+                    raise
+                _move(draft, target)
             return target
         raise AssertionError("unreachable")
 
@@ -272,6 +293,21 @@ class MergeStore:
         shutil.rmtree(gone)
         if held is not None:
             os.close(held)
+
+
+def _move(draft: Path, target: Path) -> None:
+    """Move the files of a draft into a directory of ours; last the manifest: now it is whole."""
+    moved = [path for path in sorted(draft.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    try:
+        for path in [*moved, draft / MANIFEST]:
+            place = target / path.relative_to(draft)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.name == MANIFEST:
+                sync_directories(target, [target / other.relative_to(draft) for other in moved])
+            path.rename(place)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def numbered(name: str) -> Iterator[str]:
@@ -291,6 +327,9 @@ def read_version(path: Path) -> Version | None:
     if path.name.startswith(".") or path.is_symlink():
         return None
     try:
+        found = (path / MANIFEST).lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_MANIFEST:
+            return None
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["schema"] > SCHEMA:
             logger.warning("%s was written by a newer merge_callback and is left alone", path)

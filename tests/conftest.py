@@ -68,8 +68,10 @@ class Support:
     def __call__(self, table, row, column):
         self._request.node.stash[CELLS] = [table, row, column, "yes"]
 
-    def refused(self, why):
-        self._request.node.stash[CELLS][3] = why
+    def found(self, what):
+        self._request.node.stash[CELLS][3] = what
+
+    refused = found
 
 
 @pytest.fixture

@@ -1,8 +1,38 @@
-"""docs/support.md: what merges, from the tests that ran. Used by `make support-matrix`."""
+"""docs/support.md and docs/reliability.md, from the tests that ran. Used by make."""
 
 import datetime
 import importlib.metadata
+import os
 
+INTRODUCTIONS = {
+    "support.md": [
+        "# What merges",
+        "",
+        "Made by the tests, from what they ran: `make support-matrix`. Each *yes* is a real, tiny",
+        "model; other cells say why not.",
+    ],
+    "reliability.md": [
+        "# What a fault leaves",
+        "",
+        "Made by the tests, from what they ran: `make test-faults`. A version is there whole or",
+        "not at all: the manifest, which names every file with its sha256, is the last file of",
+        "a draft, and a draft becomes a version by one rename onto a directory that an",
+        "exclusive mkdir has claimed. Where directories cannot be renamed so, its files are",
+        "moved one by one, the manifest last.",
+        "",
+        "For each cell a process was forked for each system call of the step (mkdir, open,",
+        "write, fsync, chmod, rename, unlink, rmdir), and the fault put in there. The cell says",
+        "which versions were there afterwards, their sha256 verified. The next run went on in",
+        "every case, and removed what a process that died had left; one that lives on leaves no",
+        "draft, unless it was the removal that failed. `tests/test_faults.py` does the same",
+        "with a real merge.",
+        "",
+        "Object stores that are mounted as file systems (s3fs, gcsfuse, goofys) copy a",
+        "directory to rename it, and lock nothing: drafts of other hosts are left alone there,",
+        "and a process that dies while the copy is made leaves a directory without a manifest,",
+        "which is no version. Write to a local disk, and push or copy from there, if you can.",
+    ],
+}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -13,10 +43,7 @@ def write(path, cells):
         tables.setdefault(table, {}).setdefault(row, {})[column] = found
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     lines = [
-        "# What merges",
-        "",
-        "Made by the tests, from what they ran: `make support-matrix`. Each *yes* is a real, tiny",
-        "model; other cells say why not.",
+        *INTRODUCTIONS[os.path.basename(path)],
         "",
         f"{datetime.date.today().isoformat()}, CPU: {versions}.",
     ]

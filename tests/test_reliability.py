@@ -1,0 +1,232 @@
+"""A fault at each step of a version's life, file systems that can do less, and many exports."""
+
+import errno
+import gc
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+from models import qlora
+from test_store import manifest, publish
+
+import merge_callback.store
+from merge_callback import MergeStore, merge_adapter
+from merge_callback.store import MANIFEST
+
+pytestmark = pytest.mark.faults
+
+CHILD = Path(__file__).with_name("store_child.py")
+FAULTS = ("SIGKILL", "SIGTERM", "KeyboardInterrupt", "ENOSPC", "EIO", "short write")
+STAGES = ("draft", "write", "seal", "publish", "prune")
+DEADLY = {"SIGKILL": -9, "SIGTERM": -15}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(tmp_path_factory.mktemp("faults"))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_whole_versions_and_the_next_run_goes_on(rows, fault, stage, support):
+    support("A fault at each system call of a step", fault, stage)
+    met = [row for row in rows if (row["fault"], row["stage"]) == (fault, stage)]
+    if not met:
+        assert fault == "short write" and stage != "write"
+        return support.found("")
+    outcomes = set()
+    for row in met:
+        # What was there before: 1. The version that the fault met: 2. Pruning takes 1 away.
+        assert row["versions"] in ([1], [1, 2], [2]), row
+        if stage not in ("publish", "prune") and row["status"]:
+            assert row["versions"] == [1], row
+        if row["status"] not in DEADLY.values() and stage != "prune":
+            assert row["drafts"] == 0, row
+        assert (row["again"], row["then"], row["left"]) == (0, [3], 0), row
+        if fault in DEADLY:
+            assert row["status"] == DEADLY[fault], row
+        outcomes.add(tuple(row["versions"]))
+    told = {(1,): "the version before", (1, 2): "both", (2,): "the new one"}
+    support.found(" or ".join(told[versions] for versions in sorted(outcomes)))
+
+
+def test_the_steps_are_met(rows):
+    met = {(row["stage"], row["call"]) for row in rows}
+    assert {
+        ("draft", "mkdir"),
+        ("write", "write"),
+        ("write", "fsync"),
+        ("seal", "chmod"),
+        ("seal", "fsync"),
+        ("publish", "mkdir"),
+        ("publish", "rename"),
+        ("publish", "fsync"),
+        ("prune", "rename"),
+        ("prune", "unlink"),
+        ("prune", "rmdir"),
+    } <= met
+
+
+# File systems that can do less
+
+
+def refusing(monkeypatch, name, code, when):
+    call = getattr(os, name)
+
+    def refuse(*args, **settings):
+        if when(*args):
+            raise OSError(code, os.strerror(code))
+        return call(*args, **settings)
+
+    monkeypatch.setattr(os, name, refuse)
+
+
+def is_directory(path, *_):
+    return os.path.isdir(f"/proc/self/fd/{path}" if isinstance(path, int) else path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EEXIST, errno.EPERM, errno.EXDEV])
+def test_where_no_directory_can_be_renamed_onto_another_files_are_moved(
+    tmp_path, monkeypatch, code, support
+):
+    support("File systems", "rename onto an empty directory refused", errno.errorcode[code])
+    refusing(monkeypatch, "rename", code, is_directory)
+    store = MergeStore(tmp_path)
+    for name in ("step-1", "step-1-v2"):
+        with store.draft("step-1") as draft:
+            (draft.path / "lora").mkdir()
+            (draft.path / "lora" / "weights").write_text("weights")
+            (draft.path / "config.json").write_text("{}")
+            draft.seal()
+            assert store.publish(draft, "step-1", manifest()).name == name
+        store.verify(name)
+        files = {p.relative_to(tmp_path / name).as_posix() for p in (tmp_path / name).rglob("*.*")}
+        assert files == {"config.json", MANIFEST}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-1-v2"]
+
+
+def test_a_move_that_fails_leaves_no_half_version(tmp_path, monkeypatch):
+    refusing(monkeypatch, "rename", errno.EPERM, is_directory)
+    refusing(monkeypatch, "rename", errno.EIO, lambda path, *_: str(path).endswith(MANIFEST))
+    store = MergeStore(tmp_path)
+    with pytest.raises(OSError, match="Input/output"):
+        publish(store)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_directories_that_cannot_be_synced_are_no_reason_to_fail(
+    tmp_path, monkeypatch, code, support
+):
+    support("File systems", "fsync of a directory refused", errno.errorcode[code])
+    refusing(monkeypatch, "fsync", code, is_directory)
+    version = publish(MergeStore(tmp_path))
+    MergeStore(tmp_path).verify(version)
+    refusing(monkeypatch, "fsync", code, lambda *_: True)
+    with pytest.raises(OSError, match=os.strerror(code)):  # of a file it is
+        publish(MergeStore(tmp_path))
+
+
+def test_two_hosts_do_not_take_each_others_drafts(tmp_path, monkeypatch, support):
+    support("File systems", "two hosts, one root", "drafts")
+    with MergeStore(tmp_path).draft("step-1") as ours:
+        monkeypatch.setattr(merge_callback.store, "_host", lambda: "elsewhere")
+        monkeypatch.setattr(merge_callback.store, "lock", lambda path, **_: os.open(path, 0))
+        publish(MergeStore(tmp_path))  # on a host that sees no locks of ours
+        assert ours.path.is_dir()
+
+
+def test_the_newest_is_told_by_its_time_and_two_of_one_time_by_their_number(tmp_path):
+    store = MergeStore(tmp_path)
+    late = publish(store, created="2027-01-01T00:00:00")
+    early = publish(store, created="2026-01-01T00:00:00")  # a clock that lags behind
+    same = publish(store, created="2027-01-01T00:00:00")
+    assert [v.name for v in store.versions()] == [early.name, late.name, same.name]
+    assert store.latest() == same
+
+
+# Many of them
+
+
+def resident():
+    """Bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "count", [40, pytest.param(200, marks=pytest.mark.soak)], ids=["short", "long"]
+)
+def test_many_exports_leave_nothing_behind(tmp_path, monkeypatch, count, support):
+    support("Many exports in one process", f"{count} exports", "left")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    model = qlora(tmp_path)
+    store = MergeStore(tmp_path / "out")
+    settings = {"rounding": "nearest", "progress": False, "card": False}
+
+    def one():
+        merge_adapter(model, store.root, **settings)
+        gc.collect()
+
+    for _ in range(5):
+        one()
+    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    memory = []
+    for _ in range(count - 5):
+        one()
+        memory.append(resident())
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    slope = numpy.polyfit(range(len(memory)), memory, 1)[0]
+    assert len(store.versions()) == count
+    for version in store.versions():
+        store.verify(version)
+    assert not (tmp_path / "tmp").exists() or not list((tmp_path / "tmp").iterdir())
+    assert slope < 64 * 1024, f"{slope / 1024:.1f} KiB an export"
+    support.found(f"{slope / 1024:.1f} KiB an export, no thread, file or descriptor")
+
+
+def _publish_for(root, seconds, counts, index):
+    store = MergeStore(root)
+    end, done = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        publish(store, content=f"{index} {done}")
+        done += 1
+    counts[index] = done
+
+
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(60, marks=pytest.mark.soak)], ids=["short", "long"]
+)
+def test_eight_processes_share_a_root_and_lose_no_version(tmp_path, seconds, support):
+    support("Eight processes, one root", f"{seconds} s", "versions lost or shared")
+    context = multiprocessing.get_context("fork")
+    counts = context.Array("i", 8)
+    processes = [
+        context.Process(target=_publish_for, args=(tmp_path, seconds, counts, i)) for i in range(8)
+    ]
+    [process.start() for process in processes]
+    [process.join() for process in processes]
+    assert [process.exitcode for process in processes] == [0] * 8
+    store = MergeStore(tmp_path)
+    contents = set()
+    for version in store.versions():
+        store.verify(version)
+        (name,) = version.records()
+        contents.add((version.path / name).read_text())
+    expected = {f"{i} {j}" for i in range(8) for j in range(counts[i])}
+    assert contents == expected and len(store.versions()) == sum(counts) > 8
+    support.found(f"0 of {sum(counts)}")
