@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +27,10 @@ from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.export import MergeResult, check_merge, export, rescue
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
+from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
+from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.publisher import Publisher
 from merge_callback.push import Push
 from merge_callback.report import metrics
@@ -48,24 +48,6 @@ class MergeFailure:
 
     step: int
     error: Exception
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """A trainer's event that a merge is made of.
-
-    Attributes:
-        best_step: the step whose weights are loaded; None: the last one's.
-        last: training is over.
-    """
-
-    args: TrainingArguments
-    state: TrainerState
-    model: nn.Module
-    processing_class: Any
-    eval_dataloader: Any
-    best_step: int | None
-    last: bool
 
 
 class MergeOnSaveCallback(TrainerCallback):
@@ -102,6 +84,11 @@ class MergeOnSaveCallback(TrainerCallback):
         keep_last: how many of the versions of this run to keep; None: all. The best step's always
             stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
+        on_interrupt: what to do when SIGTERM ends a training under `enable_jit_checkpoint`, and the
+            trainer has saved a checkpoint: `"skip"`; `"lora"`, save the adapter; or `"merge"`, if
+            the time that is left is enough for it.
+        barrier_timeout: seconds that the processes of a distributed training wait for the one that
+            writes, whatever `ddp_timeout` is. What fails in one of them fails in all.
         push_to_hub: push each version in the background, see `push_version`, and wait for it when
             training ends. A push that fails is a warning and stays pending, whatever `on_error` is;
             the next run into the same directory goes on with it. Several save methods: one
@@ -149,6 +136,8 @@ class MergeOnSaveCallback(TrainerCallback):
         card: bool | str | os.PathLike[str] = True,
         keep_last: int | None = None,
         on_error: str = "raise",
+        on_interrupt: str = "skip",
+        barrier_timeout: float = BARRIER_TIMEOUT,
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         hub_token: str | None = None,
@@ -175,6 +164,10 @@ class MergeOnSaveCallback(TrainerCallback):
         )
         if on_error not in ("raise", "warn"):
             raise MergeRefused([f"on_error={on_error!r} is not known; use 'raise' or 'warn'"])
+        if on_interrupt not in ("skip", "lora", "merge"):
+            raise MergeRefused(
+                [f"on_interrupt={on_interrupt!r} is not known; use 'skip', 'lora' or 'merge'"]
+            )
         if keep_last is not None and keep_last < 1:
             raise MergeRefused(
                 [f"keep_last={keep_last} would keep nothing; use 1 or more, or None"]
@@ -196,6 +189,10 @@ class MergeOnSaveCallback(TrainerCallback):
         )
         self._settings: dict[str, Any] | None = None
         self._data: TrainingData | None = None
+        self._on_interrupt = on_interrupt
+        self._saved: int | None = None  # step of the last checkpoint
+        self._barrier_timeout = barrier_timeout
+        self._processes = ALONE
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
 
     def on_init_end(
@@ -222,20 +219,29 @@ class MergeOnSaveCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refuse now what would fail after hours of training."""
-        if model is None or not _acts(state):
+        if model is None or not _takes_part(state):
             return
+        self._processes = Processes(self._barrier_timeout)
+        with self._processes.alike():
+            self._begin(args, state, model, train_dataloader)
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
+    ) -> None:
         keep_cpu_weights_unpacked(model)
-        self._merged = None
+        self._merged = self._saved = None
         saves = self._saves_to_come(args, state)
-        plan = check_merge(model, self._store(args), self._options, saves=saves)
-        if self._publisher is not None:
-            self._publisher.begin(args, self._store(args))
+        store = self._store(args)
+        plan = check_merge(model, store, self._options, saves, self._processes)
+        if self._publisher is not None and self._processes.leads:
+            self._publisher.begin(args, store)
         if self._data is not None:  # of a training that was cut off
             self._data.close()
         self._datasets = datasets_of(train_dataloader)
         if isinstance(self._verification_data, Iterator):  # every merge looks at it
             self._verification_data = take(self._verification_data, self._options.verify_tokens)
-        if self._options.verify or (plan.to_round() and self._options.wants_data):
+        rounds = plan.to_round() and self._options.wants_data
+        if not plan.sharded and (self._options.verify or rounds):
             self._data = TrainingData(
                 plan.model,
                 train_dataloader,
@@ -246,7 +252,7 @@ class MergeOnSaveCallback(TrainerCallback):
             "merges to come: %d of %.2f GB each, into %s",
             saves,
             plan.nbytes / 1e9,
-            self._store(args).root,
+            store.root,
         )
 
     def on_save(
@@ -260,9 +266,10 @@ class MergeOnSaveCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Merge at a checkpoint, when asked to."""
-        if model is not None and self._merge_on_save and _acts(state):
+        self._saved = state.global_step
+        if model is not None and self._merge_on_save and _takes_part(state):
             last = control.should_training_stop or state.global_step >= state.max_steps
-            moment = _Moment(args, state, model, processing_class, eval_dataloader, None, last)
+            moment = Moment(args, state, model, processing_class, eval_dataloader, None, last)
             self._try(moment)
 
     def on_train_end(
@@ -276,26 +283,39 @@ class MergeOnSaveCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Merge what was trained, unless the last save has done so."""
-        if model is None or not _acts(state):
+        if model is None or not _takes_part(state):
             return
         if self._data is not None:
             self._data.close()
-        best_step = _best_step(args, state)
-        moment = _Moment(args, state, model, processing_class, eval_dataloader, best_step, True)
-        saved = self._merged == (state.global_step, None)
+        best = best_step(args, state)
+        moment = Moment(args, state, model, processing_class, eval_dataloader, best, True)
+        done = self._merged == (state.global_step, None) and best in (None, state.global_step)
         try:
-            if not (saved and best_step in (None, state.global_step)):
+            if self._on_interrupt != "merge" and interrupted(args, state, self._saved):
+                self._leave(moment)
+            elif not done:
                 self._try(moment, rescue=True)
         except MergeError:
             self._finish_pushes(moment)
             raise
         self._finish_pushes(moment)
 
-    def _try(self, moment: _Moment, *, rescue: bool = False) -> None:
+    def _leave(self, moment: Moment) -> None:
+        """SIGTERM leaves no time for a merge, and a checkpoint has what was trained."""
+        told = self._rescue(moment) if self._on_interrupt == "lora" else "resume to merge"
+        logger.warning(
+            "training was interrupted at step %d: not merged (on_interrupt=%r); %s",
+            moment.state.global_step,
+            self._on_interrupt,
+            told,
+        )
+
+    def _try(self, moment: Moment, *, rescue: bool = False) -> None:
         """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
         step = moment.state.global_step
         try:
-            self._merge(moment)
+            with self._processes.alike():
+                self._merge(moment)
         except Exception as error:
             saved = f"; {self._rescue(moment)}" if rescue else ""
             failure = MergeError(f"the merge at step {step} failed: {error}{saved}")
@@ -304,26 +324,28 @@ class MergeOnSaveCallback(TrainerCallback):
             logger.warning("%s", failure, exc_info=error)
             self.failures.append(MergeFailure(step, error))
 
-    def _merge(self, moment: _Moment) -> None:
+    def _merge(self, moment: Moment) -> None:
         args, state = moment.args, moment.state
         store = self._store(args)
-        options = replace(self._options, progress=not args.disable_tqdm)
-        plan = make_plan(moment.model, options)
+        quiet = args.disable_tqdm or not self._processes.leads
+        options = replace(self._options, progress=not quiet)
+        plan = make_plan(moment.model, options, self._processes)
         result = export(
             plan,
             store,
             options,
-            name=_name(state),
+            name=moment.name,
             processing_class=moment.processing_class,
             training=Training(state.global_step, moment.best_step, self._settings),
             data=self._data_for(moment, plan),
             last=moment.last,
+            processes=self._processes,
         )
         self.results.append(result)
         # Before the end "auto" does less than it can, so the end of training merges once more.
         if moment.last or self._options.rounding != "auto":
             self._merged = (state.global_step, moment.best_step)
-        if self._publisher is not None:
+        if self._publisher is not None and self._processes.leads:
             self._publisher.add(store.version(result.version))
         self._prune(store, state)
         try:
@@ -331,7 +353,7 @@ class MergeOnSaveCallback(TrainerCallback):
         except Exception as error:  # of a logger that lost its connection
             logger.warning("the figures of %s could not be logged: %s", result.version, error)
 
-    def _data_for(self, moment: _Moment, plan: Plan) -> Data:
+    def _data_for(self, moment: Moment, plan: Plan) -> Data:
         evaluation = self._verification_data
         if evaluation is None and self._options.verify:
             size = moment.args.per_device_eval_batch_size
@@ -339,7 +361,7 @@ class MergeOnSaveCallback(TrainerCallback):
         training = None if self._data is None else self._data.batches()
         return Data(training=training, evaluation=evaluation, datasets=self._datasets)
 
-    def _log(self, moment: _Moment, figures: dict[str, float]) -> None:
+    def _log(self, moment: Moment, figures: dict[str, float]) -> None:
         """Into the trainer's history; to its loggers too, where `attach` gave us its `log`."""
         if self._trainer_log is not None:
             self._trainer_log(figures)
@@ -347,24 +369,26 @@ class MergeOnSaveCallback(TrainerCallback):
             entry = {**figures, "epoch": moment.state.epoch, "step": moment.state.global_step}
             moment.state.log_history.append(entry)
 
-    def _finish_pushes(self, moment: _Moment) -> None:
+    def _finish_pushes(self, moment: Moment) -> None:
         """Wait for pushes; one that failed is said, and stays pending."""
         if self._publisher is None:
             return
-        done, failed = self._publisher.finish(progress=not moment.args.disable_tqdm)
-        self.pushes += done
-        for failure in failed:
-            logger.warning("%s", failure.error)
-            step = failure.version.manifest["step"]
-            self.failures.append(MergeFailure(step, failure.error))
-        self._prune(self._store(moment.args), moment.state)  # what was pending has stayed
+        with self._processes.alike():  # the others wait here, not in a collective of the trainer's
+            if not self._processes.leads:
+                return
+            done, failed = self._publisher.finish(progress=not moment.args.disable_tqdm)
+            self.pushes += done
+            for failure in failed:
+                logger.warning("%s", failure.error)
+                step = failure.version.manifest["step"]
+                self.failures.append(MergeFailure(step, failure.error))
+            self._prune(self._store(moment.args), moment.state)  # what was pending has stayed
 
     def _prune(self, store: MergeStore, state: TrainerState) -> None:
         """Remove old versions of this run; that it fails is no failure of the merge."""
-        if self._keep_last is None:
+        if self._keep_last is None or not self._processes.leads:
             return
-        best = {state.best_global_step, _checkpoint_step(state.best_model_checkpoint)}
-        keep = frozenset(step for step in best if step is not None)
+        keep = best_steps(state)
         names = [result.version for result in self.results]
         try:
             for name in store.prune(self._keep_last, names=names, keep_steps=keep):
@@ -372,12 +396,13 @@ class MergeOnSaveCallback(TrainerCallback):
         except OSError as error:
             logger.warning("old versions in %s could not be removed: %s", store.root, error)
 
-    def _rescue(self, moment: _Moment) -> str:
+    def _rescue(self, moment: Moment) -> str:
         """Save the adapter alone; say where, or why not."""
         try:
-            name = f"{_name(moment.state)}-adapter"
+            name = f"{moment.name}-adapter"
             store = self._store(moment.args)
-            path = rescue(moment.model, store, name, moment.state.global_step)
+            step = moment.state.global_step
+            path = rescue(moment.model, store, name, step, self._processes)
         except Exception as error:
             return f"saving the adapter failed too ({error}); it is in the last checkpoint, if any"
         return f"the adapter is safe in {path}"
@@ -388,16 +413,7 @@ class MergeOnSaveCallback(TrainerCallback):
 
     def _saves_to_come(self, args: TrainingArguments, state: TrainerState) -> int:
         """Versions that will lie on the disk together, from here to the end of training."""
-        saves = 1
-        if self._merge_on_save:
-            left = max(0, state.max_steps - state.global_step)
-            strategy, every = args.save_strategy, state.save_steps
-            if strategy == "best":  # at the most, after each evaluation
-                strategy, every = args.eval_strategy, state.eval_steps
-            if strategy == "steps":
-                saves += left // max(1, every or 1)
-            elif strategy == "epoch":
-                saves += math.ceil(state.num_train_epochs or 1)
+        saves = 1 + (saves_to_come(args, state) if self._merge_on_save else 0)
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
         return saves if self._keep_last is None else min(saves, self._keep_last + 2)
 
@@ -419,23 +435,7 @@ def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:
     callback._trainer_log = partial(Trainer.log, trainer)
 
 
-def _acts(state: TrainerState) -> bool:
-    """One process writes, and trials of a hyper-parameter search write nothing."""
-    return bool(state.is_world_process_zero) and not state.is_hyper_param_search
-
-
-def _name(state: TrainerState) -> str:
-    return f"step-{state.global_step:08d}"
-
-
-def _best_step(args: TrainingArguments, state: TrainerState) -> int | None:
-    """The step whose weights the trainer has loaded at the end; None: the last one's."""
-    best = state.best_model_checkpoint
-    loaded = args.load_best_model_at_end and best is not None and os.path.isdir(best)
-    return _checkpoint_step(best) if loaded else None
-
-
-def _checkpoint_step(checkpoint: str | None) -> int | None:
-    """The step of a checkpoint directory; `best_global_step` may be one that was never saved."""
-    match = re.search(r"checkpoint-(\d+)$", checkpoint or "")
-    return int(match[1]) if match else None
+def _takes_part(state: TrainerState) -> bool:
+    """All processes that can talk do; trials of a hyper-parameter search write nothing."""
+    one = bool(state.is_world_process_zero) or Processes.are_several()
+    return one and not state.is_hyper_param_search

@@ -61,15 +61,25 @@ def live_settings(config: PretrainedConfig) -> dict[str, Any]:
     return {name: getattr(text, name) for name in RESTORED if hasattr(text, name)}
 
 
-def save_adapter(model: PeftModel, adapters: tuple[str, ...], directory: Path) -> None:
-    """Write the active adapters with PEFT's own save, and leave PEFT's configs as they were."""
+def save_adapter(
+    model: PeftModel,
+    adapters: tuple[str, ...],
+    directory: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the active adapters with PEFT's own save, and leave PEFT's configs as they were.
+
+    Args:
+        state: entries of the model's state dict; None: the model's own.
+    """
     before = {name: dict(vars(model.peft_config[name])) for name in adapters}
     try:
         with warnings.catch_warnings():
             # PEFT asks the Hub whether the vocabulary was resized, and warns when it cannot.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-            model.save_pretrained(str(directory), selected_adapters=list(adapters))
+            settings = {} if state is None else {"state_dict": dict(state)}
+            model.save_pretrained(str(directory), selected_adapters=list(adapters), **settings)
         if len(adapters) == 1 and adapters != ("default",):
             _lift(directory / adapters[0])  # so that PeftModel.from_pretrained(directory) finds it
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
@@ -26,7 +27,12 @@ from merge_callback.companions import generation_problems, save_adapter, save_co
 from merge_callback.data import Data, gather
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
-from merge_callback.live import active_adapters, keep_cpu_weights_unpacked
+from merge_callback.live import (
+    active_adapters,
+    is_sharded_model,
+    keep_cpu_weights_unpacked,
+    trained_state,
+)
 from merge_callback.manifest import (
     Training,
     libraries,
@@ -37,6 +43,7 @@ from merge_callback.manifest import (
 )
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan, make_plan
+from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.report import write_report
 from merge_callback.retention import Retention
 from merge_callback.store import MergeStore, Version
@@ -69,6 +76,9 @@ class MergeResult:
         return next(iter(self.paths.values()))
 
 
+_TOLD_BY_THE_LEADER = MergeResult("", {}, {})
+
+
 def merge_adapter(
     model: nn.Module,
     output_dir: str | os.PathLike[str],
@@ -93,10 +103,12 @@ def merge_adapter(
     max_kl: float | None = None,
     card: bool | str | os.PathLike[str] = True,
     progress: bool = True,
+    barrier_timeout: float = BARRIER_TIMEOUT,
 ) -> MergeResult:
     """Merge the active adapters of `model` out of place, and publish the result as a new version.
 
-    The model is only read: it can go on training afterwards as if nothing had happened.
+    The model is only read: it can go on training afterwards as if nothing had happened. A model
+    that FSDP2 has sharded is merged by all processes together: each of them has to call this.
 
     Args:
         model: a PeftModel on a bitsandbytes 4-bit or 8-bit base, or on one of 16 or 32 bits.
@@ -109,6 +121,7 @@ def merge_adapter(
             them, for calibrated and tuned rounding. Iterated once, as far as it is needed.
         verification_data: batches that were not trained on, to compare outputs on. None: an eighth
             of `calibration_data`, at most, is kept apart for it.
+        barrier_timeout: seconds that processes wait for one another, where the model is sharded.
 
     Raises:
         MergeRefused: what was asked for cannot be done; all reasons at once, nothing was written.
@@ -137,7 +150,9 @@ def merge_adapter(
     if options.needs_data and calibration_data is None:
         raise MergeRefused([f"rounding={rounding!r} needs calibration_data"])
     store = MergeStore(output_dir)
-    plan = check_merge(model, store, options)
+    processes = Processes(barrier_timeout) if is_sharded_model(model) else ALONE
+    with processes.alike():
+        plan = check_merge(model, store, options, processes=processes)
     return export(
         plan,
         store,
@@ -145,10 +160,17 @@ def merge_adapter(
         name=name,
         processing_class=processing_class,
         data=Data(training=calibration_data, evaluation=verification_data),
+        processes=processes,
     )
 
 
-def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, saves: int = 1) -> Plan:
+def check_merge(
+    model: nn.Module,
+    store: MergeStore,
+    options: MergeOptions,
+    saves: int = 1,
+    processes: Processes = ALONE,
+) -> Plan:
     """Find out whether `model` can be merged `saves` times into `store`, before it has to be.
 
     Raises:
@@ -158,7 +180,7 @@ def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, save
     plan: Plan | None = None
     needed = 0
     try:
-        plan = make_plan(model, options)
+        plan = make_plan(model, options, processes)
         needed = plan.nbytes * saves
         problems += generation_problems(plan)
     except MergeRefused as error:
@@ -166,7 +188,8 @@ def check_merge(model: nn.Module, store: MergeStore, options: MergeOptions, save
     except Exception as error:
         raise MergeError(f"the merge cannot be planned: {error}") from error
     try:
-        store.check(needed)
+        if processes.leads:
+            store.check(needed)
     except MergeRefused as error:
         problems += error.problems
     if problems or plan is None:
@@ -193,12 +216,14 @@ def export(
     training: Training | None = None,
     data: Data | None = None,
     last: bool = True,
+    processes: Processes = ALONE,
 ) -> MergeResult:
     """Write what was planned and publish it as version `name`.
 
     Args:
         data: what the model may be run on.
         last: training is over, so that `rounding="auto"` may take its time.
+        processes: those of the training, all of which have to be here. Their leader writes.
 
     Raises:
         MergeError, CorruptVersion: as `merge_adapter`.
@@ -207,7 +232,10 @@ def export(
     keep_cpu_weights_unpacked(plan.model)
     try:
         with exact_maths(weight.stored.device.type for weight in plan.weights.values()):
-            return _export(plan, store, options, name, processing_class, training, data, last)
+            with processes.alike():
+                return _export(
+                    plan, store, options, name, processing_class, training, data, last, processes
+                )
     except MergeError:
         raise
     except Exception as error:  # of torch, of the file system, of the libraries that write to it
@@ -226,18 +254,23 @@ def _export(
     training: Training,
     data: Data,
     last: bool,
+    processes: Processes,
 ) -> MergeResult:
     clock = _Clock()
     seen, unseen, told = gather(plan, options, data)
-    choice = choose(plan, options, seen, last=last)
-    plan = plan.with_rounded(choice.rounded)
+    choice = choose(plan, options, seen, last=last, processes=processes)
     clock.lap("round")
+    processes.agree()
+    if not processes.leads:
+        plan.giving()
+        return processes.from_leader(_TOLD_BY_THE_LEADER)
+    plan = plan.with_rounded(choice.rounded)
     with store.draft(name) as draft:
         places = _places(plan, draft.path)
         kept = write_weights(plan, options, draft, places)
         for method, place in places.items():
             if method == "lora":
-                save_adapter(plan.peft_model, plan.adapters, place)
+                save_adapter(plan.peft_model, plan.adapters, place, plan.adapter_state())
                 if processing_class is not None:
                     processing_class.save_pretrained(place)
             else:
@@ -259,7 +292,7 @@ def _export(
                 places,
                 kept,
                 processing_class=processing_class,
-                batches=unseen,
+                batches=() if plan.sharded else unseen,
                 data=told,
             )
             clock.lap("verify")
@@ -278,8 +311,10 @@ def _export(
             logger.warning("the model card failed: %s", error, exc_info=error)
         draft.seal()
         version = store.publish(draft, name, manifest)
+    plan.finish()
     _report(plan, version, kept, clock, choice.method)
-    return MergeResult(version.name, _places(plan, version.path), version.manifest)
+    result = MergeResult(version.name, _places(plan, version.path), version.manifest)
+    return processes.from_leader(result)
 
 
 def _write_cards(
@@ -312,12 +347,29 @@ def _places(plan: Plan, top: Path) -> dict[str, Path]:
     return {method: top / method if len(plan.methods) > 1 else top for method in plan.methods}
 
 
-def rescue(model: nn.Module, store: MergeStore, name: str, step: int) -> Path:
+def rescue(
+    model: nn.Module, store: MergeStore, name: str, step: int, processes: Processes = ALONE
+) -> Path:
     """Save the adapter alone as version `name`: what is left to do when a merge has failed."""
     adapted = unwrap_model(model)
     adapters = active_adapters(adapted)
+    with processes.alike():
+        state = trained_state(adapted) if is_sharded_model(adapted) else None
+        if not processes.leads:
+            return processes.from_leader(Path())
+        return processes.from_leader(_save_alone(adapted, adapters, store, name, step, state))
+
+
+def _save_alone(
+    adapted: PeftModel,
+    adapters: tuple[str, ...],
+    store: MergeStore,
+    name: str,
+    step: int,
+    state: Mapping[str, torch.Tensor] | None,
+) -> Path:
     with store.draft(name) as draft:
-        save_adapter(adapted, adapters, draft.path)
+        save_adapter(adapted, adapters, draft.path, state)
         draft.seal()
         manifest = {
             "kind": "adapter",

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from merge_callback.adapters import Update, kinds
@@ -25,8 +26,10 @@ from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, PlainWeight
 from merge_callback.errors import MergeRefused
+from merge_callback.sharding import is_sharded, whole
 
 # Tuners whose layers change what flows through the model, not what its weights are.
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter")
 _BESIDE_THE_WEIGHTS = {"ADAPTION_PROMPT", "CARTRIDGE", "POLY", "SHADOW", "XLORA"}
 
 
@@ -190,6 +193,9 @@ def _stored(module: Any, name: str, tensor: Any) -> Stored:
         return OffloadedWeight(tensor, device, partial(hook.weights_map.__getitem__, name))
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         return Bnb4Weight(tensor, tensor.quant_state)
+    if is_sharded(tensor):
+        state = getattr(module, "quant_state", None) if name == "weight" else None
+        return PlainWeight(tensor) if state is None else Bnb4Weight(tensor, state)
     if kind == "Int8Params" and tensor.dtype == torch.int8:
         scales = getattr(tensor, "SCB", None)
         scales = module.state.SCB if scales is None else scales  # moved there by the first forward
@@ -213,6 +219,55 @@ def _offloading_hook(module: Any, name: str) -> Any:
         if weights is not None and name in {n for n, _ in module.named_parameters(recurse=False)}:
             return one
     return None
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether processes hold a part of some weight each."""
+    sharded = any(is_sharded(tensor) for tensor in model.parameters())
+    return sharded or any(True for _ in _foreign_shards(model))
+
+
+def _foreign_shards(model: nn.Module) -> Iterator[str]:
+    """Engines whose shards are not read here, each with the cure."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        yield "FSDP1 is not merged here; use FSDP2 (fsdp_version: 2 in accelerate's config)"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        yield "DeepSpeed ZeRO-3 is not merged here; use ZeRO-2, FSDP2 or DDP"
+
+
+def trained_state(model: PeftModel) -> dict[str, Tensor]:
+    """The entries of its state dict that belong to adapters or were trained, as they are whole.
+
+    On the CPU, so that no device holds more than one of them.
+    """
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    state = model.state_dict(keep_vars=True)
+    adapters = [n for n in state if n in trained or any(part in n for part in _ADAPTER_PARTS)]
+    return {name: whole(state[name].detach()).cpu() for name in sorted(adapters)}
+
+
+def sharding_problems(
+    model: nn.Module, peft_model: PeftModel, base: PreTrainedModel
+) -> Iterator[str]:
+    """Why a sharded model cannot be merged, each with its cure.
+
+    Args:
+        model: as it was given, with what an engine has wrapped around it.
+    """
+    if foreign := list(_foreign_shards(model)):
+        yield from foreign
+        return
+    if getattr(base, "_tp_size", None) not in (None, 1):
+        yield "tensor parallel plans (tp_plan) do not merge; train with FSDP2 or DDP"
+        return
+    if not any(isinstance(module, FSDPModule) for module in peft_model.modules()):
+        yield "its tensors are sharded by an engine that is not FSDP2; train with FSDP2 or DDP"
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and kinds.is_active(module):
+            if not kinds.has_formula(module):
+                kind = type(module).__name__
+                yield f"{name}: a {kind} on a sharded model does not merge here; train with LoRA"
+                return
 
 
 def _from_conv1d(module: nn.Module) -> bool:
@@ -301,7 +356,8 @@ def _is_plain_float(stored: Stored) -> bool:
     """Whether values are what they seem: floats of 16 bits and more, or decoded ones."""
     if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
         return False
-    plain = type(getattr(stored, "tensor", None)) in (torch.Tensor, nn.Parameter, type(None))
+    tensor = getattr(stored, "tensor", None)
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, type(None)) or is_sharded(tensor)
     return plain or not isinstance(stored, PlainWeight)
 
 
@@ -322,8 +378,6 @@ def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
             )
         elif stored.device.type == "meta":
             yield f"{weight.key}: offloaded to disk; load the model with all weights on a device"
-        elif type(getattr(stored, "tensor", None)).__name__ == "DTensor":
-            yield f"{weight.key}: sharded over processes; export from an unsharded model"
         elif weight.updates and not _is_plain_float(stored):
             kind = f"{stored.dtype} of an unknown quantiser"
             yield f"{weight.key}: {kind}; use a bitsandbytes or 16-bit base"

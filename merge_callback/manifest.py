@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_callback.plan import Plan
 from merge_callback.retention import Retention
+from merge_callback.sharding import storage
 from merge_callback.shards import host_bytes
 from merge_callback.verification.checks import Verification
 
@@ -118,11 +119,13 @@ def _adapter_hash(plan: Plan) -> str:
     digest = hashlib.sha256()
     seen: set[int] = set()  # banks that many layers share count once
     for key, weight in sorted(plan.weights.items()):
-        for tensor in weight.trained:
+        if not (weight.updates or weight.replaced):
+            continue
+        for tensor, here in zip(plan.whole(weight).trained, weight.trained, strict=True):
             digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.data_ptr() not in seen or not tensor.dim():
+            if storage(here) not in seen or not tensor.dim():
                 digest.update(host_bytes(tensor))
-            seen.add(tensor.data_ptr())
+            seen.add(storage(here))
     return digest.hexdigest()
 
 

@@ -31,12 +31,19 @@ from merge_callback.live import (
     adapter_problems,
     any_4bit,
     base_model,
+    is_sharded_model,
     read_weights,
+    sharding_problems,
+    trained_state,
     weight_problems,
 )
 from merge_callback.options import MergeOptions
 from merge_callback.originals import find_originals
+from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Grid, Rounded
+from merge_callback.sharding import storage, whole
+
+_ADAPTERS = "<adapters>"  # announced in place of a weight's name
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Plan:
         ties_broken: the adapter pulled tied embeddings apart, so both ends are written.
         quantization_config: what was asked for, for 4-bit output of a base of more bits.
         weights: all weights that are written, by name.
+        processes: those of the training, where each holds a part of the weights.
     """
 
     model: PreTrainedModel
@@ -78,6 +86,41 @@ class Plan:
     ties_broken: bool
     quantization_config: Any
     weights: Mapping[str, Weight] = field(repr=False)
+    processes: Processes = ALONE
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights alone."""
+        return self.processes.count > 1
+
+    def whole(self, weight: Weight) -> Weight:
+        """For the leader: a weight with what other processes, which are `giving`, hold of it."""
+        if not self.sharded:
+            return weight
+        self.processes.announce(weight.key)
+        return whole(weight)
+
+    def adapter_state(self) -> dict[str, Tensor] | None:
+        """What was trained, with what other processes hold of it; None: it is all here already."""
+        if not self.sharded:
+            return None
+        self.processes.announce(_ADAPTERS)
+        return trained_state(self.peft_model)
+
+    def finish(self) -> None:
+        """For the leader: nothing more is asked for."""
+        if self.sharded:
+            self.processes.announce(None)
+
+    def giving(self) -> None:
+        """For all but the leader: take part in what it asks for, until it has finished."""
+        if not self.sharded:
+            return
+        for key in self.processes.listening():
+            if key == _ADAPTERS:
+                trained_state(self.peft_model)
+            else:
+                whole(self.weights[key])
 
     @property
     def base_is_4bit(self) -> bool:
@@ -96,7 +139,7 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all weight files, the adapter's included."""
         specs = [spec for g in self.groups for named in g.specs.values() for spec in named.values()]
-        shared = {t.data_ptr(): t.nbytes for w in self.weights.values() for t in w.trained}
+        shared = {storage(t): t.nbytes for w in self.weights.values() for t in w.trained}
         adapter = sum(shared.values()) if "lora" in self.methods else 0
         return sum(spec.nbytes for spec in specs) + adapter
 
@@ -137,19 +180,28 @@ class Plan:
         return sorted(key.removesuffix(".weight") for key in (*kept, *self.tied_names))
 
 
-def make_plan(model: nn.Module, options: MergeOptions) -> Plan:
+def make_plan(model: nn.Module, options: MergeOptions, processes: Processes = ALONE) -> Plan:
     """Plan the export of `model`, whose adapter is attached and active.
+
+    Args:
+        processes: those that hold parts of the model; each of them has to make the plan.
 
     Raises:
         MergeRefused: all that stands against it, each with its cure.
     """
     peft_model = unwrap_model(model)
     base = base_model(peft_model)
+    if not is_sharded_model(model):
+        processes = ALONE
+    elif problems := [*sharding_problems(model, peft_model, base), *_sharded_problems(options)]:
+        raise MergeRefused(problems)
     with exact_maths(parameter.device.type for parameter in base.parameters()):
-        return _make_plan(peft_model, base, options)
+        return _make_plan(peft_model, base, options, processes)
 
 
-def _make_plan(peft_model: PeftModel, base: PreTrainedModel, options: MergeOptions) -> Plan:
+def _make_plan(
+    peft_model: PeftModel, base: PreTrainedModel, options: MergeOptions, processes: Processes
+) -> Plan:
     weights = read_weights(base)
     problems = [*adapter_problems(peft_model, base, weights), *weight_problems(weights.values())]
     methods = options.methods(base_is_4bit=any_4bit(weights.values()))
@@ -187,7 +239,24 @@ def _make_plan(peft_model: PeftModel, base: PreTrainedModel, options: MergeOptio
         ties_broken=untied,
         quantization_config=options.quantization_config,
         weights=weights,
+        processes=processes,
     )
+
+
+def _sharded_problems(options: MergeOptions) -> Iterator[str]:
+    """What takes the whole model in one process."""
+    if options.rounding in ("calibrated", "tuned"):
+        yield (
+            f"rounding={options.rounding!r} does not run on a sharded model; use 'stochastic', or "
+            "merge the saved adapter in one process with merge_adapter"
+        )
+    if options.base == "original":
+        yield "base='original' does not run on a sharded model; merge in one process"
+    if options.min_gain_kept is not None or options.max_kl is not None:
+        yield (
+            "min_gain_kept and max_kl need outputs, which are not compared for a sharded model; "
+            "leave them out, or merge in one process"
+        )
 
 
 def _method_problems(
@@ -250,6 +319,8 @@ def _without_ties(
 def _same(one: Weight, other: Weight) -> bool:
     if list(map(_identity, one.updates)) != list(map(_identity, other.updates)):
         return False
+    if isinstance(one.stored, PlainWeight) and isinstance(other.stored, PlainWeight):
+        return storage(one.stored.tensor) == storage(other.stored.tensor)
     tensors = [w.stored.decode(w.stored.device) for w in (one, other)]
     return tensors[0].data_ptr() == tensors[1].data_ptr()
 
@@ -257,7 +328,7 @@ def _same(one: Weight, other: Weight) -> bool:
 def _identity(update: Update) -> tuple[Any, ...]:
     """Equal for changes that come from the same tensors and are made in the same way."""
     trained = [t for t in update.tensors() if t.dim() and t.is_floating_point()]
-    return (type(update), *(tensor.data_ptr() for tensor in trained))
+    return (type(update), *map(storage, trained))
 
 
 def _containers(

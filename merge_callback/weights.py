@@ -62,7 +62,7 @@ def _write_group(
     encoded: dict[str, dict[str, Tensor]] = {method: {} for method in writers}
     for weight in group.weights:
         bar.set_postfix_str(weight.key, refresh=False)
-        for method, tensors, arrived in _encode(plan, weight):
+        for method, tensors, arrived in _encode(plan, plan.whole(weight)):
             encoded[method] |= tensors
             if weight.updates:
                 kept[method][weight.key] = arrived

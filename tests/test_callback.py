@@ -1,6 +1,8 @@
 """The callback in real trainers: when it merges, what it leaves alone, what it does on failure."""
 
 import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from datasets import Dataset
 from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+import merge_callback.weights
 from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeStore
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
@@ -467,3 +470,58 @@ def test_a_16bit_base_gives_a_16bit_export(tmp_path):
     callback = MergeOnSaveCallback()
     trainer(tmp_path, callback, model=model).train()
     assert list(callback.results[0].paths) == ["merged_16bit"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "left"),
+    [("skip", []), ("lora", ["step-{:08d}-adapter"]), ("merge", ["step-{:08d}"])],
+)
+def test_a_training_that_sigterm_ends_is_merged_if_there_is_time(tmp_path, choice, left):
+    class Terminate(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    callback = MergeOnSaveCallback(on_interrupt=choice, rounding="nearest", verify=False)
+    settings = {"enable_jit_checkpoint": True, "max_steps": 100_000, "logging_steps": 1000}
+    run = trainer(tmp_path, callback, Terminate(), **settings)
+    run.train()
+    step = run.state.global_step
+    assert 2 < step < 100_000
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (checkpoint / "adapter_model.safetensors").exists()
+    assert listing(tmp_path) == [name.format(step) for name in left]
+    run = trainer(tmp_path, MergeOnSaveCallback(rounding="nearest"), max_steps=step + 1)
+    run.train(resume_from_checkpoint=True)
+    assert f"step-{step + 1:08d}" in listing(tmp_path)
+
+
+def test_early_stopping_merges_under_jit_checkpoints_too(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    callback = MergeOnSaveCallback(rounding="nearest", verify=False)
+    trainer(tmp_path, callback, Stop(), enable_jit_checkpoint=True, max_steps=9).train()
+    assert listing(tmp_path) == ["step-00000003"]
+
+
+def test_an_interrupt_during_a_merge_leaves_no_draft_and_training_can_go_on(tmp_path, monkeypatch):
+    callback = MergeOnSaveCallback(merge_on_save=True, rounding="nearest", verify=False)
+    run = trainer(tmp_path, callback, save_strategy="steps", save_steps=2)
+    encode = merge_callback.weights._encode
+    met = []
+
+    def interrupt(plan, weight):
+        met.append(weight.key)
+        if len(met) == 5:
+            raise KeyboardInterrupt
+        return encode(plan, weight)
+
+    monkeypatch.setattr(merge_callback.weights, "_encode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert list((tmp_path / "run" / "_merged").iterdir()) == []
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 4 and listing(tmp_path) == ["step-00000004"]

@@ -420,7 +420,10 @@ def test_what_is_no_version_is_said(tmp_path, server):
 
 def test_bars_are_as_they_were_after_a_push(tmp_path, server, capsys):
     assert not are_progress_bars_disabled()
-    push_in_public(make(tmp_path).path, REPO)
+    push_version(make(tmp_path).path, REPO)
+    assert "model.safetensors" not in capsys.readouterr().err  # a bar of the client's
+    assert not are_progress_bars_disabled()
+    push_in_public(make(tmp_path, ONE, "step-2").path, REPO)
     assert not are_progress_bars_disabled()
     assert "push: 100%" in capsys.readouterr().err
 

@@ -60,6 +60,13 @@ def problems(layer: Any, weight: Callable[[], Tensor]) -> Iterator[str]:
     yield from affine.problems(layer, weight())
 
 
+def has_formula(layer: Any) -> bool:
+    """Whether a layer's change is computed here, of its tensors alone, and PEFT is not asked."""
+    if isinstance(layer, TrainableTokensLayer):
+        return True
+    return not isinstance(layer, ParamWrapper) and lora.knows(layer) and not _any_bias(layer)
+
+
 def is_active(layer: Any) -> bool:
     """Whether a layer holds something of an active adapter."""
     return any(name in _adapters(layer) for name in layer.active_adapters)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from merge_callback.calibration.sequential import calibrate
 from merge_callback.errors import MergeError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
+from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Rounded
 from merge_callback.stand_ins import evaluating, generators_kept
 
@@ -44,7 +45,12 @@ class Choice:
 
 
 def choose(
-    plan: Plan, options: MergeOptions, batches: Iterable[Batch] | None, *, last: bool
+    plan: Plan,
+    options: MergeOptions,
+    batches: Iterable[Batch] | None,
+    *,
+    last: bool,
+    processes: Processes = ALONE,
 ) -> Choice:
     """Choose how to round, and the codes too where that takes data.
 
@@ -55,6 +61,7 @@ def choose(
     Args:
         batches: None: there is no data.
         last: training is over, so that `rounding="auto"` may take its time.
+        processes: that choose together; what counts is what the leader has chosen.
 
     Raises:
         MergeError: the rounding that was asked for cannot be had.
@@ -65,13 +72,15 @@ def choose(
     method = options.rounding
     if method == "auto":
         with_data = "tuned" if last else "calibrated"
-        method = with_data if batches is not None and plan.to_round() else without_data
+        possible = batches is not None and plan.to_round() and not plan.sharded
+        method = with_data if possible else without_data
     if method == "stochastic":
         method = without_data
     if method not in ("calibrated", "tuned"):
         return Choice(method)
     try:
-        return _with_data(plan, options, method, batches or ())
+        with processes.alike():
+            return _with_data(plan, options, method, batches or (), processes)
     except Exception as error:
         if options.rounding != "auto":
             raise
@@ -84,7 +93,13 @@ def choose(
     return Choice(without_data)
 
 
-def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable[Batch]) -> Choice:
+def _with_data(
+    plan: Plan,
+    options: MergeOptions,
+    method: str,
+    batches: Iterable[Batch],
+    processes: Processes,
+) -> Choice:
     minutes = options.rounding_minutes
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     with generators_kept(), evaluating(plan.model):
@@ -92,7 +107,13 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
         seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
         if not seen:
             raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
-        done = calibrate(plan, seen, deadline=deadline, progress=options.progress)
+        done = calibrate(
+            plan,
+            _share(seen, processes),
+            deadline=deadline,
+            progress=options.progress and processes.leads,
+            processes=processes,
+        )
         report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
         if done.left_out:
             logger.warning(
@@ -101,7 +122,7 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
                 "time was up" if time.monotonic() > deadline else "no tokens reached them",
                 ", ".join(done.left_out),
             )
-        if method == "calibrated" or time.monotonic() > deadline:
+        if method == "calibrated" or time.monotonic() > deadline or not processes.leads:
             return Choice("calibrated", done.rounded, report)
         try:
             tuned = distil(
@@ -112,6 +133,12 @@ def _with_data(plan: Plan, options: MergeOptions, method: str, batches: Iterable
             return Choice("calibrated", done.rounded, report)
     report |= {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after}
     return Choice("tuned", tuned.rounded, report)
+
+
+def _share(batches: Sequence[Batch], processes: Processes) -> Sequence[Batch]:
+    """This process's part of batches that all processes have; the first is everybody's."""
+    own = batches[processes.rank :: processes.count]
+    return own if processes.leads else [batches[0], *own]
 
 
 def _tokens(plan: Plan, options: MergeOptions) -> int:

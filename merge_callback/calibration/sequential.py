@@ -33,6 +33,7 @@ from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.errors import MergeError
 from merge_callback.live import Weight
 from merge_callback.plan import Plan
+from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import Grid, Rounded
 from merge_callback.rounding.nearest import nearest
@@ -62,7 +63,12 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    plan: Plan, batches: Sequence[Batch], *, deadline: float = math.inf, progress: bool = False
+    plan: Plan,
+    batches: Sequence[Batch],
+    *,
+    deadline: float = math.inf,
+    progress: bool = False,
+    processes: Processes = ALONE,
 ) -> Calibration:
     """Round all 4-bit weights of a plan, whose model is in eval mode.
 
@@ -73,18 +79,22 @@ def calibrate(
     Args:
         batches: what to calibrate with.
         deadline: of `time.monotonic`; blocks that are not begun by then are left out.
+        processes: that calibrate together, each with batches of its own behind the first, which is
+            the leader's and counts once.
 
     Raises:
         MergeError: the model cannot be run block by block, or gives values that are not finite.
     """
-    done = Calibration(tokens=sum(map(tokens_in, batches)))
+    tokens = torch.tensor(sum(map(tokens_in, batches[0 if processes.leads else 1 :])))
+    processes.add_up(tokens)
+    done = Calibration(tokens=int(tokens))
     weights = plan.to_round()
     blocks = record(plan.model, find_blocks(plan.model, list(weights)), batches)
     reached = {name for block in blocks for name in block.linears.values()}
     done.left_out += [name for name in weights if name not in reached]
-    walk = _Walk(plan, batches, done)
+    walk = _Walk(plan, batches, done, processes)
     for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
-        if time.monotonic() > deadline:
+        if processes.from_leader(time.monotonic() > deadline):
             done.left_out += block.linears.values()
         else:
             walk.through(block, {n: weights[full] for n, full in block.linears.items()})
@@ -95,8 +105,11 @@ def calibrate(
 class _Walk:
     """The way through the model: what has been rounded, and the two streams so far."""
 
-    def __init__(self, plan: Plan, batches: Sequence[Batch], done: Calibration):
+    def __init__(
+        self, plan: Plan, batches: Sequence[Batch], done: Calibration, processes: Processes
+    ):
         self._plan = plan
+        self._processes = processes
         self._masks = [token_mask(batch) for batch in batches]
         self._done = done
         self._live: list[Tensor] = []  # inputs of the next block, batch by batch
@@ -146,7 +159,8 @@ class _Walk:
         for i, mask in enumerate(self._masks):
             there = block.meet(i, self._live[i], live, group)
             here = block.meet(i, self._merged[i], merged, group)
-            moments.add(group, mask, there, here)
+            moments.add(group, mask, there, here, count=i > 0 or self._processes.leads)
+        moments.add_up(self._processes)
         target = torch.cat([wanted[name] for name in group.names])
         try:
             few = len(moments.inputs) / moments.tokens
@@ -188,9 +202,18 @@ class _Moments:
         self._inner: Any = 0  # C, (in, in)
         self._outer: Any = 0  # D, (out, in)
 
-    def add(self, group: Group, mask: Tensor | None, there: Any, here: Any) -> None:
-        """Add a batch: what `Block.meet` found in the live and in the merged model."""
+    def add(
+        self, group: Group, mask: Tensor | None, there: Any, here: Any, *, count: bool = True
+    ) -> None:
+        """Add a batch: what `Block.meet` found in the live and in the merged model.
+
+        Args:
+            count: False: another process counts it.
+        """
         x = _rows(here[0], mask)
+        if not count:
+            mask = torch.zeros(len(x), dtype=torch.bool)
+            x = _rows(here[0], mask)
         self.tokens += len(x)
         if group.reader is not None:
             read_live, read = (_rows(r[1], mask) for r in (there, here))
@@ -200,6 +223,15 @@ class _Moments:
         elif there[0].shape == here[0].shape:  # not where routing differs
             self._inner = self._inner + (_rows(there[0], mask) - x).t() @ x
         self.inputs = self.inputs + x.t() @ x
+
+    def add_up(self, processes: Processes) -> None:
+        """Sum over all processes."""
+        tokens = torch.tensor(self.tokens)
+        sums = [
+            part for part in (self.inputs, self._inner, self._outer) if isinstance(part, Tensor)
+        ]
+        processes.add_up(tokens, *sums)
+        self.tokens = int(tokens)
 
     def correction(self, weight: Tensor) -> Tensor:
         """E[e x^T] with e what the outputs lack; (out, in)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.codecs import Stored, TensorSpec, runs
+from merge_callback.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PlainWeight(_Held):
         """Whether all values survive a cast to `dtype`, as those of an up-cast weight do."""
         if not self.dtype.is_floating_point or dtype.itemsize >= self.dtype.itemsize:
             return False
-        values = self.tensor.detach()
+        values = whole(self.tensor.detach())
         return all(torch.equal(run.to(dtype).to(run.dtype), run) for (run,) in runs(values))
 
 

@@ -17,6 +17,7 @@ from merge_callback.batches import Batch, input_device
 from merge_callback.errors import CorruptVersion, VerificationError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
+from merge_callback.processes import PeerError
 from merge_callback.retention import Retention
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.outputs import Comparison, Silent, Speaker, compare_outputs
@@ -81,7 +82,10 @@ def verify_models(
     """
     done = Verification()
     with generators_kept(), evaluating(plan.model), torch.no_grad():
-        done.problems += _try("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
+        if not plan.sharded:  # PEFT would have to be asked in all processes
+            done.problems += _try(
+                "the adapter's arithmetic", lambda: list(adapter_problems(plan)), []
+            )
         models: dict[str, PreTrainedModel] = {}
         for method, place in places.items():
             done.problems += _processor_problems(place, processing_class)
@@ -164,6 +168,8 @@ def _try(what: str, check: Callable[[], _T], otherwise: _T) -> _T:
     """What a check finds; that it cannot be made is no finding."""
     try:
         return check()
+    except PeerError:
+        raise
     except Exception as error:
         logger.warning("%s could not be checked (%s)", what, error, exc_info=error)
         return otherwise

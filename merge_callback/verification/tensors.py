@@ -52,7 +52,7 @@ def deviations(plan: Plan, method: str, rebuilt: PreTrainedModel) -> dict[str, D
     found = read_weights(rebuilt)
     containers = plan.containers[method]
     return {
-        key: _deviation(weight, containers[key], found.get(key))
+        key: _deviation(plan.whole(weight), containers[key], found.get(key))
         for key, weight in plan.weights.items()
     }
 
