@@ -287,11 +287,13 @@ class MergeOnSaveCallback(TrainerCallback):
             return
         if self._data is not None:
             self._data.close()
-        best = best_step(args, state)
+        # Each process may have a file system of its own.
+        best = self._processes.from_leader(best_step(args, state))
+        stopped = self._processes.from_leader(interrupted(args, state, self._saved))
         moment = Moment(args, state, model, processing_class, eval_dataloader, best, True)
         done = self._merged == (state.global_step, None) and best in (None, state.global_step)
         try:
-            if self._on_interrupt != "merge" and interrupted(args, state, self._saved):
+            if stopped and self._on_interrupt != "merge":
                 self._leave(moment)
             elif not done:
                 self._try(moment, rescue=True)

@@ -72,7 +72,9 @@ def choose(
     method = options.rounding
     if method == "auto":
         with_data = "tuned" if last else "calibrated"
-        possible = batches is not None and plan.to_round() and not plan.sharded
+        without = torch.tensor(batches is None, dtype=torch.int32)
+        processes.add_up(without)  # all of them calibrate, or none
+        possible = not without and plan.to_round() and not plan.sharded
         method = with_data if possible else without_data
     if method == "stochastic":
         method = without_data
