@@ -46,6 +46,7 @@ _PERMANENT = (
     OfflineModeIsEnabled,
     PushStopped,
 )
+_SECRET = re.compile(r"hf_\w+|(?<=Bearer )\S+|(?<=HF_TOKEN=)\S+")
 _TOKENS = "https://huggingface.co/settings/tokens"
 _CURES = {
     401: f"the token is missing, wrong or expired: make one at {_TOKENS} and log in with "
@@ -83,7 +84,8 @@ class Hub:
     """
 
     def __init__(self, token: str | None = None, delays: Sequence[float] | None = None):
-        self.api = HfApi(token=token, library_name="merge_callback")
+        # A line break from a file would be refused in a header, by an error that shows the token.
+        self.api = HfApi(token=token and token.strip(), library_name="merge_callback")
         self.stopped = threading.Event()
         self.deadline = float("inf")  # monotonic seconds; when the call under way is overdue
         self.sent = 0  # bytes
@@ -271,7 +273,7 @@ def _asked_to_wait(error: Exception) -> float:
 def _told(error: BaseException) -> str:
     """What an error and its causes say, in one line."""
     said = dict.fromkeys(_line(part) for part in _chain(error))
-    return ": ".join(said)
+    return _SECRET.sub("***", ": ".join(said))
 
 
 def _line(error: BaseException) -> str:

@@ -75,8 +75,8 @@ class Publisher:
         assert self._uploads is not None and self._target is not None
         try:
             self._uploads.add(version, self._target)
-        except OSError as error:  # the disk is full, mostly
-            logger.warning("%s is not pushed, nor marked for it: %s", version.path, error)
+        except Exception as error:  # the disk is full, or there are too many threads
+            logger.warning("%s is not pushed: %s", version.path, error)
 
     def finish(self, *, progress: bool) -> tuple[list[Push], list[PushFailure]]:
         """Wait for what is under way; what arrived since the last call, and what is pending."""

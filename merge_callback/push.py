@@ -231,14 +231,13 @@ class _Remote:
         """A branch that holds this version, or nothing yet: its name, head and files."""
         branches = self._branches()
         for name in numbered(f"merge/{self._version.name}"):
+            start = branches["main"]
             if name not in branches:
-                self._api.create_branch(
-                    self._repo_id, branch=name, revision=branches["main"], exist_ok=True
-                )
+                self._api.create_branch(self._repo_id, branch=name, revision=start, exist_ok=True)
                 branches = self._branches()
             head = branches[name]
             tree = self._tree(head)
-            if self._is_ours(tree) or head == branches["main"] or head in self._history():
+            if self._is_ours(tree) or head == start or head in self._history():
                 return name, head, tree
         raise AssertionError("unreachable")
 

@@ -129,9 +129,10 @@ class Uploads:
                     self._waiting.append((one, where))
                     self._nbytes += weight_bytes(one)
             if self._thread is None:
+                thread = threading.Thread(target=self._work, name="push", daemon=True)
+                thread.start()
+                self._thread = thread
                 self._hush()
-                self._thread = threading.Thread(target=self._work, name="push", daemon=True)
-                self._thread.start()
 
     def join(self, *, progress: bool) -> None:
         """Wait until all were pushed, or failed; never for a Hub that does not answer."""

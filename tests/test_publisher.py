@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -95,6 +96,36 @@ def test_without_the_check_training_starts_and_the_push_is_left_for_later(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     done = push_version(callback.results[0].path)
     assert (done.repo_id, done.tag) == ("me/run-merged", "step-00000004")
+
+
+def test_a_token_with_a_line_break_works_and_one_that_no_header_takes_is_not_shown(
+    tmp_path, server, caplog
+):
+    trainer(tmp_path, pushing(hub_token="hf_writer\n"), max_steps=1).train()
+    assert "step-00000001" in state(server, "me/run-merged")["tags"]
+    callback = pushing(hub_token="hf_wri\nter", hub_preflight=False)
+    trainer(tmp_path, callback, max_steps=2).train()
+    told = [str(callback.failures[0].error), caplog.text]
+    told += [path.read_text() for path in (tmp_path / "run" / "_merged").glob(".*.push")]
+    assert len(told) == 3 and not any("hf_wri" in text for text in told)
+    with pytest.raises(PushRefused) as refusal:
+        trainer(tmp_path, pushing(hub_token="hf_wri\nter")).train()
+    assert "hf_wri" not in str(refusal.value)
+
+
+def test_a_thread_that_cannot_be_started_costs_no_merge(tmp_path, server, monkeypatch):
+    start, failed = threading.Thread.start, []
+
+    def refuse_once(thread):
+        if thread.name == "push" and not failed:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    callback = pushing(merge_on_save=True)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    assert [push.tag for push in callback.pushes] == ["step-00000002", "step-00000004"]
 
 
 def test_the_repository_of_the_adapter_is_never_written_to(tmp_path, server):
