@@ -131,8 +131,11 @@ def explain(error: BaseException) -> str:
     return f"{_told(error)}; {cure or _LATER}"
 
 
-def preflight(hub: Hub, repo_id: str, private: bool | None) -> str:
+def preflight(hub: Hub, repo_id: str, private: bool | None, taken: str | None = None) -> str:
     """Make sure that `repo_id` can be written to; it is made if it is not there.
+
+    Args:
+        taken: a repository that it must not be.
 
     Returns:
         `repo_id` with its namespace.
@@ -148,7 +151,7 @@ def preflight(hub: Hub, repo_id: str, private: bool | None) -> str:
     if problems:
         raise PushRefused(problems)
     try:
-        return _within(PREFLIGHT, _writable, hub, repo_id, private)
+        return _within(PREFLIGHT, _writable, hub, repo_id, private, taken)
     except PushRefused:
         raise
     except Exception as error:
@@ -182,7 +185,14 @@ def _within(seconds: float, call: Callable[P, R], /, *args: P.args, **settings: 
     return result.result(seconds)
 
 
-def _writable(hub: Hub, repo_id: str, private: bool | None) -> str:
+def same_repository(one: str, other: str) -> bool:
+    """Whether two ids may mean one repository; without a namespace one means any of its name."""
+    if "/" in one and "/" in other:
+        return one == other
+    return one.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _writable(hub: Hub, repo_id: str, private: bool | None, taken: str | None) -> str:
     user = hub.patiently(hub.api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushRefused(
@@ -190,6 +200,10 @@ def _writable(hub: Hub, repo_id: str, private: bool | None) -> str:
         )
     repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
     problems = _name_problems(repo_id)
+    if taken is not None:
+        taken = taken if "/" in taken else f"{user['name']}/{taken}"
+        if taken == repo_id:
+            problems.append(f"the trainer pushes to {taken}: choose another hub_model_id")
     if problems:
         raise PushRefused(problems)
     try:

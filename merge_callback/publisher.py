@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from merge_callback.errors import PushRefused
-from merge_callback.hub import QUICK, Hub, Target, full_name, preflight
+from merge_callback.hub import QUICK, Hub, Target, preflight, same_repository
 from merge_callback.push import Push
 from merge_callback.store import MergeStore, Version
 from merge_callback.uploads import PushFailure, Uploads, pending
@@ -55,14 +55,11 @@ class Publisher:
             self._uploads = Uploads(Hub(token))
         adapter = args.hub_model_id or Path(args.output_dir or ".").absolute().name
         repo_id = self._model_id or f"{adapter}-merged"
+        taken = adapter if args.push_to_hub else None
         if self._check:
-            hub = Hub(token, QUICK)
-            repo_id = preflight(hub, repo_id, self._private)
-            adapter = full_name(hub, adapter)
-        if args.push_to_hub and repo_id == adapter:
-            raise PushRefused(
-                [f"the trainer pushes the adapter to {repo_id}: choose another hub_model_id"]
-            )
+            repo_id = preflight(Hub(token, QUICK), repo_id, self._private, taken)
+        elif taken is not None and same_repository(repo_id, taken):
+            raise PushRefused([f"the trainer pushes to {taken}: choose another hub_model_id"])
         self._target = Target(repo_id, self._private, self._revision)
         for version in store.pending():
             target = pending(version)

@@ -123,7 +123,7 @@ class _File:
 def _files(version: Version, repo_id: str) -> dict[str, _File]:
     """Path in the repository -> file. Cards are as they stand on the disk, links set right."""
     files = {name: _File(version.file(name), record) for name, record in version.records().items()}
-    for name in [name for name in files if PurePosixPath(name).name == CARD]:
+    for name in filter(_is_card, list(files)):
         card = _card(version.path / name, repo_id)
         if card is None:
             del files[name]
@@ -202,13 +202,13 @@ class _Remote:
         """
         head = self._head_of(branch)
         tree = self._tree(head)
-        if self._is_ours(tree):
+        if self._is_ours(tree) and not self._missing(tree):
             return True
         created, there = self._written_at(head) if MANIFEST in tree else ("", {})
         if created > self._version.manifest["created"]:
             logger.info("%s has a newer version on %s, which stays", self._repo_id, branch)
             return False
-        kept = self._kept_card(head, tree, there)
+        kept = self._kept_cards(head, tree, there)
         stale = [
             path
             for path, record in there.items()
@@ -217,13 +217,17 @@ class _Remote:
         source = self._tree(commit)
         changes: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in stale]
         for path, file in self._files.items():
-            if path == kept or file.is_at(tree.get(path)):
+            if path in kept or file.is_at(tree.get(path)):
                 continue
             if source[path].lfs is not None:  # on the server already
                 changes.append(CommitOperationCopy(path, path, src_revision=commit))
             else:
                 changes.append(CommitOperationAdd(path, file.content))
-        self._commit(branch, head, changes, f"{tag} is the newest version")
+        done = self._commit(branch, head, changes, f"{tag} is the newest version")
+        if missing := self._missing(self._tree(done.oid)):
+            raise PushError(
+                f"{branch} lacks {', '.join(missing)}: does a .gitignore name it there?"
+            )
         self._warn_of_others(branch, set(tree) - set(stale) - set(self._files))
         return True
 
@@ -273,14 +277,20 @@ class _Remote:
         others = set(tree) - set(self._files) - {_ATTRIBUTES}
         return [*wrong, *(f"{path} does not belong there" for path in sorted(others))]
 
-    def _kept_card(
+    def _missing(self, tree: Mapping[str, RepoFile]) -> list[str]:
+        """What a branch lacks of this version; cards may be others."""
+        files = self._files.items()
+        return [p for p, file in files if not _is_card(p) and not file.is_at(tree.get(p))]
+
+    def _kept_cards(
         self, head: str, tree: Mapping[str, RepoFile], there: Mapping[str, FileRecord]
-    ) -> str | None:
-        entry = tree.get(CARD)
-        if entry is None or (CARD in there and self._is_at(head, entry, there[CARD])):
-            return None
-        logger.info("the card of %s was not written by us, or edited, and stays", self._repo_id)
-        return CARD
+    ) -> set[str]:
+        """Cards that were not written by us, or edited since."""
+        cards = {path for path in self._files if _is_card(path) and path in tree}
+        ours = {p for p in cards if p in there and self._is_at(head, tree[p], there[p])}
+        if cards - ours:
+            logger.info("%s of %s stays as it is", ", ".join(sorted(cards - ours)), self._repo_id)
+        return cards - ours
 
     def _is_at(self, revision: str, entry: RepoFile | None, record: FileRecord) -> bool:
         """Whether the Hub has a file there that is known by its record alone."""
@@ -342,6 +352,10 @@ class _Remote:
                 self._repo_id, path, revision=revision, local_dir=directory
             )
             return Path(found).read_bytes()
+
+
+def _is_card(path: str) -> bool:
+    return PurePosixPath(path).name == CARD
 
 
 def _git_oid(content: bytes) -> str:

@@ -24,7 +24,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -194,7 +194,7 @@ class MergeStore:
             yield Draft(path)
         finally:
             shutil.rmtree(path, ignore_errors=True)  # gone already when it was published
-            os.close(held)
+            unlock(held)
 
     def publish(self, draft: Draft, name: str, manifest: Mapping[str, Any]) -> Version:
         """Make a sealed draft version `name`, or `name-v2`, ...; durable when this returns."""
@@ -246,7 +246,7 @@ class MergeStore:
             if held is not None:
                 if _is_at(held, path):
                     return path, held
-                os.close(held)  # another process took it for stale before the lock was ours
+                unlock(held)  # another process took it for stale before the lock was ours
 
     def _draft_path(self, name: str) -> Path:
         return self.root / f".{name}.{_host()}.{uuid.uuid4().hex}.draft"
@@ -264,7 +264,7 @@ class MergeStore:
             if held is not None:
                 logger.warning("removing %s, left by a process that died", path)
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(held)
+                unlock(held)
 
     def _rename(self, draft: Path, name: str) -> Path:
         for candidate in numbered(name):
@@ -292,7 +292,7 @@ class MergeStore:
         version.path.rename(gone)
         shutil.rmtree(gone)
         if held is not None:
-            os.close(held)
+            unlock(held)
 
 
 def _move(draft: Path, target: Path) -> None:
@@ -398,6 +398,13 @@ def lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of a lock, for forked processes too: workers of data loaders hold what they inherit."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushStopped
 from merge_callback.hub import Hub, Target, explain, passes
 from merge_callback.push import Push, push, weight_bytes
-from merge_callback.store import Version, lock, push_marker, read_version
+from merge_callback.store import Version, lock, push_marker, read_version, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -214,12 +214,15 @@ def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
     """Push, unless another process is at it."""
     held = lock(version.path)
     if held is None:
-        raise PushStopped(f"another process is pushing {version.path}, or it is gone")
+        raise PushStopped(
+            f"another process is pushing {version.path}, or a call of this one that was given up "
+            "has not ended yet, or it is gone"
+        )
     try:
         done = push(hub, version, target)
         push_marker(version.path).unlink(missing_ok=True)
     finally:
-        os.close(held)
+        unlock(held)
     logger.info("pushed %s to %s", version.name, done.url)
     return done
 

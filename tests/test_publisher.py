@@ -131,8 +131,11 @@ def test_a_thread_that_cannot_be_started_costs_no_merge(tmp_path, server, monkey
 def test_the_repository_of_the_adapter_is_never_written_to(tmp_path, server):
     HfApi().create_repo("me/adapter")
     args = {"push_to_hub": True, "hub_model_id": "me/adapter"}
-    with pytest.raises(PushRefused, match="choose another hub_model_id"):
-        trainer(tmp_path, pushing(hub_model_id="adapter"), **args).train()
+    for check in (True, False):
+        callback = pushing(hub_model_id="adapter", hub_preflight=check)
+        with pytest.raises(PushRefused, match="choose another hub_model_id"):
+            trainer(tmp_path, callback, **args).train()
+    assert state(server, "me/adapter")["branches"].keys() == {"main"}
 
 
 def test_names_come_from_the_arguments_unless_they_are_given(tmp_path, server):

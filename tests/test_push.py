@@ -6,7 +6,9 @@ The client is the real one, over real HTTP, to a server in a process of its own.
 import hashlib
 import json
 import os
+import signal
 import threading
+import time
 
 import pytest
 from huggingface_hub import HfApi
@@ -17,7 +19,7 @@ from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError
 from merge_callback import push_version as push_in_public
 from merge_callback.hub import Hub, Target
 from merge_callback.push import _Remote
-from merge_callback.store import lock, push_marker
+from merge_callback.store import lock, push_marker, unlock
 from merge_callback.uploads import Uploads
 
 pytestmark = pytest.mark.usefixtures("hub_client")
@@ -118,6 +120,37 @@ def test_a_card_that_was_edited_on_main_stays_there(tmp_path, server, caplog):
         assert server.file(REPO, "main", "README.md") == b"mine"
         assert b"library_name" in server.file(REPO, f"step-{step}", "README.md")
         assert server.file(REPO, "main", "config.json") == b"%d" % step
+
+
+def test_a_gitignore_on_main_that_leaves_out_our_files_is_said(tmp_path, server):
+    push_version(make(tmp_path, ONE).path, REPO)
+    version = make(tmp_path, TWO, "step-2")
+    server.fault("/commit/main", "status", status=403)
+    with pytest.raises(PushError):
+        push_version(version.path, REPO)
+    server.commit(REPO, "main", {".gitignore": "config.json"})
+    with pytest.raises(PushError, match=r"main lacks config\.json: does a \.gitignore"):
+        push_version(version.path)
+    assert tree(server, "step-2").keys() == {*TWO, "merge_manifest.json"}
+    server.commit(REPO, "main", {".gitignore": "nothing"})
+    assert push_version(version.path).newest
+    whole = tree(server, "step-2")
+    assert {path: tree(server, "main")[path] for path in whole} == whole
+
+
+def test_a_lock_ends_with_the_push_though_a_forked_process_lives_on(tmp_path, server):
+    version = make(tmp_path)
+    held = lock(version.path)
+    child = os.fork()
+    if child == 0:
+        time.sleep(3000)  # of which the tests' clock makes 30 s
+        os._exit(0)
+    unlock(held)
+    try:
+        assert push_version(version.path, REPO).tag == "step-1"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_model_of_others_that_would_be_loaded_in_place_of_ours_is_named(tmp_path, server, caplog):
