@@ -401,7 +401,7 @@ def lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
 
 
 def unlock(descriptor: int) -> None:
-    """Let go of a lock, for forked processes too: workers of data loaders hold what they inherit."""
+    """Let go of a lock, for forked processes too: workers of data loaders inherit it."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
