@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -276,6 +277,8 @@ def child(server, mode, *arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env=kept | settings | environment,
+        # Where the tests run in the background SIGINT is ignored, and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
