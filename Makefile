@@ -25,7 +25,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: install
+# Beside the environment and not in it: other libraries behave otherwise where they find it.
+.deepspeed/.installed: constraints.txt | install
+	$(PIP_INSTALL) setuptools wheel
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --upgrade --no-deps --no-build-isolation --target .deepspeed \
+		deepspeed hjson ninja py-cpuinfo msgpack einops
+	touch $@
+
+test: install .deepspeed/.installed
 	$(BIN)/python -m pytest --cov --cov-report=term-missing
 
 # In under three minutes: formats, files, versions, and verification.
@@ -51,4 +58,4 @@ bench-fidelity: install
 	$(BIN)/python benchmarks/fidelity.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) .deepspeed .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

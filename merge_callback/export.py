@@ -25,6 +25,7 @@ from merge_callback.calibration.choice import choose
 from merge_callback.card import write_card
 from merge_callback.companions import generation_problems, save_adapter, save_companions
 from merge_callback.data import Data, gather
+from merge_callback.engines import WholeView
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import (
@@ -108,10 +109,12 @@ def merge_adapter(
     """Merge the active adapters of `model` out of place, and publish the result as a new version.
 
     The model is only read: it can go on training afterwards as if nothing had happened. A model
-    that FSDP2 has sharded is merged by all processes together: each of them has to call this.
+    that FSDP or DeepSpeed ZeRO-3 has sharded is merged by all processes together: each of them has
+    to call this.
 
     Args:
-        model: a PeftModel on a bitsandbytes 4-bit or 8-bit base, or on one of 16 or 32 bits.
+        model: a PeftModel on a bitsandbytes 4-bit or 8-bit base, or on one of 16 or 32 bits, as it
+            is or as DDP, FSDP or DeepSpeed have wrapped it.
         output_dir: where versions go; the model is written to `<output_dir>/<name>`, or, when that
             exists, to `<name>-v2` and so on. With several save methods, to one subdirectory each.
         processing_class: tokenizer or processor to write beside the model.
@@ -270,7 +273,9 @@ def _export(
         kept = write_weights(plan, options, draft, places)
         for method, place in places.items():
             if method == "lora":
-                save_adapter(plan.peft_model, plan.adapters, place, plan.adapter_state())
+                state = plan.adapter_state()
+                with plan.view.shown():
+                    save_adapter(plan.peft_model, plan.adapters, place, state)
                 if processing_class is not None:
                     processing_class.save_pretrained(place)
             else:
@@ -354,10 +359,14 @@ def rescue(
     adapted = unwrap_model(model)
     adapters = active_adapters(adapted)
     with processes.alike():
-        state = trained_state(adapted) if is_sharded_model(adapted) else None
+        view = WholeView(model)
+        with view.shown():
+            state = trained_state(adapted) if is_sharded_model(adapted) else None
         if not processes.leads:
             return processes.from_leader(Path())
-        return processes.from_leader(_save_alone(adapted, adapters, store, name, step, state))
+        with view.shown():
+            path = _save_alone(adapted, adapters, store, name, step, state)
+        return processes.from_leader(path)
 
 
 def _save_alone(

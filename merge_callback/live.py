@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from merge_callback.codecs import Stored
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, PlainWeight
+from merge_callback.engines import keeps_parts
 from merge_callback.errors import MergeRefused
-from merge_callback.sharding import is_sharded, whole
+from merge_callback.sharding import Hidden, is_sharded, unit_of, whole
 
 # Tuners whose layers change what flows through the model, not what its weights are.
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter")
@@ -194,7 +196,8 @@ def _stored(module: Any, name: str, tensor: Any) -> Stored:
     if kind == "Params4bit" and getattr(tensor, "quant_state", None) is not None:
         return Bnb4Weight(tensor, tensor.quant_state)
     if is_sharded(tensor):
-        state = getattr(module, "quant_state", None) if name == "weight" else None
+        state = getattr(tensor, "quant_state", None)
+        state = getattr(module, "quant_state", None) if name == "weight" and not state else state
         return PlainWeight(tensor) if state is None else Bnb4Weight(tensor, state)
     if kind == "Int8Params" and tensor.dtype == torch.int8:
         scales = getattr(tensor, "SCB", None)
@@ -223,16 +226,7 @@ def _offloading_hook(module: Any, name: str) -> Any:
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether processes hold a part of some weight each."""
-    sharded = any(is_sharded(tensor) for tensor in model.parameters())
-    return sharded or any(True for _ in _foreign_shards(model))
-
-
-def _foreign_shards(model: nn.Module) -> Iterator[str]:
-    """Engines whose shards are not read here, each with the cure."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        yield "FSDP1 is not merged here; use FSDP2 (fsdp_version: 2 in accelerate's config)"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        yield "DeepSpeed ZeRO-3 is not merged here; use ZeRO-2, FSDP2 or DDP"
+    return keeps_parts(model) or any(is_sharded(tensor) for tensor in model.parameters())
 
 
 def trained_state(model: PeftModel) -> dict[str, Tensor]:
@@ -243,25 +237,22 @@ def trained_state(model: PeftModel) -> dict[str, Tensor]:
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     state = model.state_dict(keep_vars=True)
     adapters = [n for n in state if n in trained or any(part in n for part in _ADAPTER_PARTS)]
-    return {name: whole(state[name].detach()).cpu() for name in sorted(adapters)}
+    found: dict[str, Tensor] = {}
+    for _, names in groupby(sorted(adapters), lambda name: unit_of(state[name]) or name):
+        together = {name: state[name].detach() for name in names}
+        gathered = whole(tuple(together.values()))
+        found |= {n: t.cpu() for n, t in zip(together, gathered, strict=True)}
+    return found
 
 
-def sharding_problems(
-    model: nn.Module, peft_model: PeftModel, base: PreTrainedModel
-) -> Iterator[str]:
-    """Why a sharded model cannot be merged, each with its cure.
-
-    Args:
-        model: as it was given, with what an engine has wrapped around it.
-    """
-    if foreign := list(_foreign_shards(model)):
-        yield from foreign
-        return
+def sharding_problems(peft_model: PeftModel, base: PreTrainedModel) -> Iterator[str]:
+    """Why a sharded model cannot be merged, each with its cure."""
     if getattr(base, "_tp_size", None) not in (None, 1):
-        yield "tensor parallel plans (tp_plan) do not merge; train with FSDP2 or DDP"
+        yield "tensor parallel plans (tp_plan) do not merge; train with FSDP, ZeRO-3 or DDP"
         return
-    if not any(isinstance(module, FSDPModule) for module in peft_model.modules()):
-        yield "its tensors are sharded by an engine that is not FSDP2; train with FSDP2 or DDP"
+    fsdp2 = any(isinstance(module, FSDPModule) for module in peft_model.modules())
+    if not fsdp2 and not any(isinstance(tensor, Hidden) for tensor in peft_model.parameters()):
+        yield "an unknown engine has sharded its tensors; train with FSDP, ZeRO-3 or DDP"
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and kinds.is_active(module):
             if not kinds.has_formula(module):

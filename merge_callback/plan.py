@@ -23,6 +23,7 @@ from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, Plain, PlainWeight
 from merge_callback.conversions import CheckpointNames
+from merge_callback.engines import WholeView
 from merge_callback.errors import MergeRefused
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import (
@@ -71,7 +72,9 @@ class Plan:
         ties_broken: the adapter pulled tied embeddings apart, so both ends are written.
         quantization_config: what was asked for, for 4-bit output of a base of more bits.
         weights: all weights that are written, by name.
-        processes: those of the training, where each holds a part of the weights.
+        view: the live model as if it were whole.
+        sharded: each process holds a part of the weights alone.
+        processes: those of the training, if it is.
     """
 
     model: PreTrainedModel
@@ -86,12 +89,9 @@ class Plan:
     ties_broken: bool
     quantization_config: Any
     weights: Mapping[str, Weight] = field(repr=False)
+    view: WholeView
+    sharded: bool = False
     processes: Processes = ALONE
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds a part of the weights alone."""
-        return self.processes.count > 1
 
     def whole(self, weight: Weight) -> Weight:
         """For the leader: a weight with what other processes, which are `giving`, hold of it."""
@@ -105,20 +105,19 @@ class Plan:
         if not self.sharded:
             return None
         self.processes.announce(_ADAPTERS)
-        return trained_state(self.peft_model)
+        with self.view.shown():
+            return trained_state(self.peft_model)
 
     def finish(self) -> None:
         """For the leader: nothing more is asked for."""
-        if self.sharded:
-            self.processes.announce(None)
+        self.processes.announce(None)
 
     def giving(self) -> None:
         """For all but the leader: take part in what it asks for, until it has finished."""
-        if not self.sharded:
-            return
         for key in self.processes.listening():
             if key == _ADAPTERS:
-                trained_state(self.peft_model)
+                with self.view.shown():
+                    trained_state(self.peft_model)
             else:
                 whole(self.weights[key])
 
@@ -191,16 +190,22 @@ def make_plan(model: nn.Module, options: MergeOptions, processes: Processes = AL
     """
     peft_model = unwrap_model(model)
     base = base_model(peft_model)
-    if not is_sharded_model(model):
+    sharded = is_sharded_model(model)
+    if not sharded:
         processes = ALONE
-    elif problems := [*sharding_problems(model, peft_model, base), *_sharded_problems(options)]:
-        raise MergeRefused(problems)
-    with exact_maths(parameter.device.type for parameter in base.parameters()):
-        return _make_plan(peft_model, base, options, processes)
+    view = WholeView(model)
+    devices = [parameter.device.type for parameter in base.parameters()]
+    with view.shown(), exact_maths(devices):
+        if sharded:
+            problems = [*sharding_problems(peft_model, base), *_sharded_problems(options)]
+            if problems:
+                raise MergeRefused(problems)
+        plan = _make_plan(peft_model, base, options, view)
+    return replace(plan, sharded=sharded, processes=processes)
 
 
 def _make_plan(
-    peft_model: PeftModel, base: PreTrainedModel, options: MergeOptions, processes: Processes
+    peft_model: PeftModel, base: PreTrainedModel, options: MergeOptions, view: WholeView
 ) -> Plan:
     weights = read_weights(base)
     problems = [*adapter_problems(peft_model, base, weights), *weight_problems(weights.values())]
@@ -239,7 +244,7 @@ def _make_plan(
         ties_broken=untied,
         quantization_config=options.quantization_config,
         weights=weights,
-        processes=processes,
+        view=view,
     )
 
 
@@ -320,7 +325,7 @@ def _same(one: Weight, other: Weight) -> bool:
     if list(map(_identity, one.updates)) != list(map(_identity, other.updates)):
         return False
     if isinstance(one.stored, PlainWeight) and isinstance(other.stored, PlainWeight):
-        return storage(one.stored.tensor) == storage(other.stored.tensor)
+        return bool(storage(one.stored.tensor) == storage(other.stored.tensor))
     tensors = [w.stored.decode(w.stored.device) for w in (one, other)]
     return tensors[0].data_ptr() == tensors[1].data_ptr()
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import models
@@ -15,16 +16,29 @@ import torch.distributed as dist
 
 models.save_base = lambda path, **settings: path  # the test has made it, once for both
 
-from models import adapt, qlora, tokenizer
+from models import adapt, qlora, same, tokenizer
 from peft import LoraConfig, get_peft_model
-from test_callback import listing, sft, trainer
+from peft.utils.other import fsdp_auto_wrap_policy
+from test_callback import COMMON, data, listing, sft, trainer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from merge_callback import MergeError, MergeOnSaveCallback, MergeStore, merge_adapter
 from merge_callback.data import Data
 from merge_callback.export import check_merge, export
+from merge_callback.host_memory import return_freed_memory
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
 from merge_callback.processes import Processes
@@ -65,6 +79,18 @@ def ddp(root, make):
         "together": weights(root / "run" / "_merged", "step-00000004"),
         "alone": weights(root / "alone", "step-00000004"),
     }
+
+
+def nodes(root):
+    """Train on two nodes, each of which saves on a disk of its own."""
+    callback = MergeOnSaveCallback(rounding="nearest", verify=False, keep_last=1)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"save_on_each_node": True, "model": qlora(root)}
+    run = trainer(root / str(RANK), callback, **settings)
+    run.train()
+    saved = (root / str(RANK) / "run" / "checkpoint-2").is_dir()
+    told = gathered([run.args.should_save, saved, listing(root / str(RANK))])
+    return {"told": told} if RANK == 0 else None
 
 
 def outcome(run):
@@ -140,9 +166,85 @@ def calibrated(root):
     return {"tokens": manifest["calibration"]["tokens"]}
 
 
-def fsdp2(root, quantised):
-    """Shard a model over both processes and merge it; then merge the same model in one."""
-    path = root / "base"
+def fsdp2(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp1(model, *, original):
+    """As accelerate wraps it: with flat parameters alone by PEFT's policy, or beside originals."""
+    layer = type(model.get_base_model().model.layers[0])
+    policy = ModuleWrapPolicy({layer}) if original else fsdp_auto_wrap_policy(model)
+    settings = {"use_orig_params": original, "device_id": CPU, "auto_wrap_policy": policy}
+    wrapped = FullyShardedDataParallel(model, **settings)
+    if original:
+        apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, layer))
+    return wrapped
+
+
+def zero3(model):
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": True},
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    settings |= {"zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def zero3_trainer(root, quantised):
+    """A Trainer on DeepSpeed's engine, which the model is partitioned by from its loading on."""
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    saves = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    args = TrainingArguments(str(root / "run"), deepspeed=settings, bf16=True, **COMMON | saves)
+    callback = MergeOnSaveCallback(merge_on_save=True, save_method=["merged_16bit", "lora"])
+    run = Trainer(
+        model=bf16_model(root, quantised=quantised),
+        args=args,
+        train_dataset=data(),
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    )
+    run.train()
+    assert type(run.model_wrapped).__name__ == "DeepSpeedEngine"
+    told = gathered([result.version for result in callback.results])
+    files = weights(root / "run" / "_merged", "step-00000002")
+    return {"told": told, "files": files} if RANK == 0 else None
+
+
+ENGINES = {
+    "fsdp2": fsdp2,
+    "fsdp1": lambda model: fsdp1(model, original=True),
+    "fsdp1-flat": lambda model: fsdp1(model, original=False),
+    "zero3": zero3,
+}
+
+
+def parts(model):
+    """What this process holds of the parameters, in bits, and of which types these are."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        tensor = getattr(parameter, "ds_tensor", parameter)
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        if tensor.untyped_storage().size():  # FSDP1 leaves freed views of Params4bit behind
+            bits = tensor.detach().view(torch.int16).clone()  # NaNs too
+            found[name] = (type(parameter), id(parameter), bits)
+    return found
+
+
+def bf16_model(root, *, quantised):
+    """All of whose parameters are bfloat16, as engines want them, with an adapter."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -150,36 +252,36 @@ def fsdp2(root, quantised):
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.bfloat16,
     )
+    settings = {"dtype": torch.bfloat16} | ({"quantization_config": config} if quantised else {})
+    model = adapt(AutoModelForCausalLM.from_pretrained(root / "base", **settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    keep_cpu_weights_unpacked(model)
+    return model
 
-    def make():
-        settings = {"quantization_config": config} if quantised else {}
-        model = adapt(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **settings))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        keep_cpu_weights_unpacked(model)
-        return model
 
+def sharded(root, engine, quantised):
+    """Shard a model over both processes and merge it; then merge the same model in one."""
     methods = METHODS if quantised else ["merged_16bit", "lora"]
-    model = make()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = ENGINES[engine](bf16_model(root, quantised=quantised))
     inputs = torch.arange(32).reshape(2, 16)
-    model(input_ids=inputs, labels=inputs).loss.backward()
-    local = {n: p._local_tensor.clone() for n, p in model.named_parameters()}
+
+    def step():
+        loss = model(input_ids=inputs, labels=inputs).loss
+        getattr(model, "backward", torch.Tensor.backward)(loss)
+        return loss.item()
+
+    before = step()
+    held, modules = parts(model), dict(model.named_modules())
     settings = {"save_method": methods, "rounding": "auto", "progress": False}
     result = merge_adapter(model, root / "together", processing_class=tokenizer(), **settings)
-    kept = all(
-        torch.equal(local[n].view(torch.int16), p._local_tensor.view(torch.int16))  # NaNs too
-        for n, p in model.named_parameters()
-    )
-    model(input_ids=inputs, labels=inputs).loss.backward()
-    told = gathered([result.version, kept])
+    kept = same(held, parts(model)) and modules == dict(model.named_modules())
+    told = gathered([result.version, kept and step() == before])
     if RANK:
         return None
-    merge_adapter(make(), root / "alone", processing_class=tokenizer(), **settings)
+    alone = bf16_model(root, quantised=quantised)
+    merge_adapter(alone, root / "alone", processing_class=tokenizer(), **settings)
     return {
         "told": told,
         "together": weights(root / "together", "merged"),
@@ -187,22 +289,46 @@ def fsdp2(root, quantised):
     }
 
 
-def refused(root):
-    """What is said of engines that are not merged."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+def memory(root, engine):
+    """How far resident memory grows while a sharded model is merged, in MiB."""
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=304,
+        dtype="bfloat16",
+    )
+    model = adapt(LlamaForCausalLM(config).to(torch.bfloat16))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model = ENGINES[engine](model)
+    settings = {"save_method": "merged_16bit", "verify": False, "progress": False}
+    for name in ("warm-up", "measured"):
+        return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident("VmRSS")
+        merge_adapter(model, root / "versions", name=name, **settings)
+    grown = gathered(resident("VmHWM") - before)
+    return {"grown": grown, "model": size / 2**20} if RANK == 0 else None
 
-    plain = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def refused(root):
+    """What is said of models that are not merged."""
     parallel = AutoModelForCausalLM.from_pretrained(root / "base", tp_plan="auto")
     lora = LoraConfig(r=4, target_modules="all-linear")
-    fsdp1 = FullyShardedDataParallel(adapt(plain), use_orig_params=True, device_id=CPU)
-    zero3 = adapt(AutoModelForCausalLM.from_pretrained(root / "base"))
-    for parameter in zero3.parameters():  # what DeepSpeed marks them with
-        parameter.ds_id = 0
+    whole = adapt(AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32))
     told = {}
     for name, model in (
         ("tensor parallel", get_peft_model(parallel, lora)),
-        ("FSDP1", fsdp1),
-        ("ZeRO-3", zero3),
+        ("whole wrapped model", fsdp1(whole, original=True).module),
     ):
         try:
             merge_adapter(model, root / "refused", save_method="merged_16bit")
@@ -215,24 +341,32 @@ MODES = {
     "refused": refused,
     "trainer": lambda root: ddp(root, trainer),
     "sft": lambda root: ddp(root, sft),
+    "nodes": nodes,
     "start": lambda root: failing(root, "start"),
     "merge": lambda root: failing(root, "merge"),
     "warn": warned,
     "calibrated": calibrated,
-    "fsdp2-nf4": lambda root: fsdp2(root, True),
-    "fsdp2-bf16": lambda root: fsdp2(root, False),
 }
+MODES |= {
+    f"{engine}-{base}": partial(sharded, engine=engine, quantised=base == "nf4")
+    for engine in ENGINES
+    for base in ("nf4", "bf16")
+}
+MODES |= {
+    "zero3-trainer-nf4": partial(zero3_trainer, quantised=True),
+    "zero3-trainer-bf16": partial(zero3_trainer, quantised=False),
+}
+MODES |= {f"{engine}-memory": partial(memory, engine=engine) for engine in ENGINES}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mode, root = sys.argv[1], Path(sys.argv[2])
-    if mode in (
-        "fsdp2-nf4",
-        "fsdp2-bf16",
-        "calibrated",
-        "refused",
-    ):  # a trainer starts it by itself
-        dist.init_process_group("gloo")
+    if mode.startswith("zero3") and "trainer" not in mode:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    elif mode.startswith("fsdp") or mode in ("calibrated", "refused"):
+        dist.init_process_group("gloo")  # else a trainer starts it
     found = MODES[mode](root)
     if found is not None:
         print(json.dumps(found), flush=True)

@@ -2,33 +2,53 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from models import save_base
+from models import load_base, save_base
+from peft import PeftModel
 from safetensors.torch import load_file
 
+from merge_callback import MergeStore, merge_adapter
+
 CHILD = Path(__file__).with_name("distributed_child.py")
+DEEPSPEED = CHILD.parents[1] / ".deepspeed"
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
-def together(mode, root):
-    """What the leader of two processes tells."""
+def together(mode, root, *launchers, **environment):
+    """What the leader of two processes tells; one launcher for both, or one for each."""
     save_base(root / "base")
-    environment = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(CHILD), mode, str(root)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    environment = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *launcher, str(CHILD), mode, str(root)],
+            env=os.environ | environment,
+            **pipes,
+        )
+        for launcher in launchers or [TORCHRUN]
+    ]
+    try:
+        said = [process.communicate(timeout=150) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert not any(process.returncode for process in running), said
+    told = [line for out, _ in said for line in out.splitlines() if line.startswith('{"')]
+    return json.loads(told[-1])
 
 
 @pytest.mark.parametrize("mode", ["trainer", "sft"])
 def test_ddp_writes_each_version_once_with_the_bytes_of_one_process(tmp_path, mode):
-    found = together(mode, tmp_path)
+    found = together(mode, tmp_path, TORCHRUN if mode == "trainer" else ACCELERATE)
     versions = ["step-00000002", "step-00000004"]
     assert found["told"] == [[versions, [2, 4]]] * 2
     assert found["listing"] == versions
@@ -36,8 +56,49 @@ def test_ddp_writes_each_version_once_with_the_bytes_of_one_process(tmp_path, mo
 
 
 @pytest.mark.parametrize("base", ["nf4", "bf16"])
-def test_fsdp2_writes_the_bytes_of_one_process_and_leaves_the_shards_alone(tmp_path, base):
-    found = together(f"fsdp2-{base}", tmp_path)
+def test_a_trainer_on_deepspeed_publishes_what_one_process_makes_of_its_adapter(tmp_path, base):
+    found = together(f"zero3-trainer-{base}", tmp_path, **needs("zero3"))
+    assert found["told"] == [["step-00000001", "step-00000002"]] * 2
+    loaded = load_base(tmp_path / "base", "nf4-nested" if base == "nf4" else "bfloat16")
+    adapter = tmp_path / "run" / "_merged" / "step-00000002" / "lora"
+    model = PeftModel.from_pretrained(loaded, adapter, autocast_adapter_dtype=False)
+    merge_adapter(model, tmp_path / "alone", save_method="merged_16bit", progress=False)
+    alone = MergeStore(tmp_path / "alone").version("merged").manifest["files"]
+    sha256 = alone["model.safetensors"]["sha256"]
+    assert found["files"]["merged_16bit/model.safetensors"] == sha256
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1", "zero3"])
+def test_a_process_holds_little_more_than_its_part(tmp_path, engine):
+    # Groups of 8 MiB; the leader holds a few float32 copies of a weight (4 MiB) too.
+    found = together(f"{engine}-memory", tmp_path, **needs(engine))
+    assert found["model"] > 98 and max(found["grown"]) < found["model"] / 2
+
+
+def test_of_nodes_that_each_save_on_their_own_the_first_alone_merges(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    at = ["torch.distributed.run", "--nnodes=2", f"--master-port={port}"]
+    found = together("nodes", tmp_path, [*at, "--node-rank=0"], [*at, "--node-rank=1"])
+    assert found["told"] == [[True, True, ["step-00000002"]], [True, True, []]]
+
+
+def needs(engine):
+    """The environment that an engine needs."""
+    if engine != "zero3":
+        return {}
+    if not (DEEPSPEED / "deepspeed").is_dir() or not shutil.which("c++"):
+        pytest.skip("DeepSpeed is not installed (make test does it), or has no compiler")
+    path = os.pathsep.join([str(DEEPSPEED / "bin"), os.environ["PATH"]])
+    return {"PYTHONPATH": str(DEEPSPEED), "DS_ACCELERATOR": "cpu", "PATH": path}
+
+
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1", "fsdp1-flat", "zero3"])
+def test_shards_give_the_bytes_of_one_process_and_are_left_alone(tmp_path, engine, base):
+    found = together(f"{engine}-{base}", tmp_path, **needs(engine))
     assert found["told"] == [["merged", True]] * 2
     assert len(found["together"]) == (3 if base == "nf4" else 2)
     assert found["together"] == found["alone"]
@@ -62,9 +123,9 @@ def test_a_merge_that_fails_in_one_process_is_left_out_by_both(tmp_path):
     assert found["listing"] == ["step-00000004"]
 
 
-def test_engines_that_do_not_merge_are_refused_by_name_in_both(tmp_path):
+def test_what_does_not_merge_is_refused_by_name_in_both(tmp_path):
     found = together("refused", tmp_path)
-    assert found.keys() == {"tensor parallel", "FSDP1", "ZeRO-3"}
+    assert found.keys() == {"tensor parallel", "whole wrapped model"}
     for name, (one, other) in found.items():
         assert one == other and name in one and "this adapter cannot be merged" in one
 

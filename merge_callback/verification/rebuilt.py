@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 from transformers.utils import logging as transformers_logging
 
 from merge_callback.errors import CorruptVersion
@@ -40,7 +41,7 @@ def rebuild(
     path = Path(path)
     try:
         kind: Any = model_class or _named_class(path)
-        with _no_progress_bar():
+        with _no_progress_bar(), _in_this_process():
             model, found = kind.from_pretrained(
                 path,
                 device_map={"": "cpu"},
@@ -81,6 +82,17 @@ def layer_by_layer(model: nn.Module, device: torch.device) -> Iterator[None]:
     visits = {name: _visit(model.get_submodule(name), device) for name in _layers(model)}
     with standing_in(model, visits):
         yield
+
+
+@contextlib.contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Load whole models although the trainer's DeepSpeed config asks for ZeRO-3."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _visit(layer: nn.Module, device: torch.device) -> Callable[..., Any]:

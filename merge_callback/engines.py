@@ -1,0 +1,157 @@
+"""Engines that keep a model in parts and hide it: FSDP1 and DeepSpeed ZeRO-3; and their wrappers.
+
+FSDP2 needs nothing of this: its parameters know their whole shapes by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+
+from merge_callback.errors import MergeRefused
+from merge_callback.host_memory import return_freed_memory
+from merge_callback.sharding import Hidden, Unit
+
+
+def keeps_parts(model: nn.Module) -> bool:
+    """Whether FSDP1 or DeepSpeed ZeRO-3 keeps the model in parts."""
+    flat = bool(FSDP1.fsdp_modules(model))
+    return flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+class WholeView:
+    """A model as it looks where one process holds all of it.
+
+    While it is `shown`, the wrappers of FSDP1 and of activation checkpointing are gone from between
+    the modules, and each parameter that an engine keeps in parts is a `Hidden` one.
+
+    Args:
+        model: with all that an engine has wrapped around it. All processes have to make the view
+            together: FSDP1 tells shapes only of what is gathered, a unit at a time.
+
+    Raises:
+        MergeRefused: FSDP1 holds some of it from outside of what was given.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._wrapped = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if _bare(parent) is parent and _bare(child) is not child
+        ]
+        self._hidden: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        self._covered: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] | None = None
+        units = FSDP1.fsdp_modules(model)
+        held = {parameter for unit in units for parameter in unit.parameters()}
+        if any(getattr(p, "_fsdp_flattened", False) for p in {*model.parameters()} - held):
+            raise MergeRefused(["FSDP1 holds more than this model; give the whole wrapped model"])
+        for unit in units:
+            self._hide_flat(unit)
+        self._hide_partitioned(model)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The model looks whole; nothing can run on it."""
+        self._cover()
+        try:
+            yield
+        finally:
+            self._uncover()
+
+    @contextmanager
+    def _lifted(self) -> Iterator[None]:
+        """The model is itself, for an engine that needs it in between."""
+        shown = self._covered is not None
+        if shown:
+            self._uncover()
+        try:
+            yield
+        finally:
+            if shown:
+                self._cover()
+
+    def _cover(self) -> None:
+        for parent, name, wrapper in self._wrapped:
+            parent._modules[name] = _bare(wrapper)
+        self._covered = []
+        for module, hidden in self._hidden:
+            attributes = {n: module.__dict__.pop(n) for n in hidden if n in module.__dict__}
+            self._covered.append((module, dict(module._parameters), attributes))
+            module._parameters.pop("_flat_param", None)
+            module._parameters.update(hidden)  # type: ignore[arg-type]
+
+    def _uncover(self) -> None:
+        for module, parameters, attributes in self._covered or ():
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.__dict__.update(attributes)
+        self._covered = None
+        for parent, name, wrapper in self._wrapped:
+            parent._modules[name] = wrapper
+
+    def _hide_flat(self, wrapper: FSDP1) -> None:
+        """FSDP1: parameters are parts of a flat one, which each unit has of its own."""
+        unit = Unit(partial(self._summoned, wrapper))
+        with unit.gathered():
+            for module in _of_unit(wrapper.module):
+                hidden: dict[str, Tensor] = {}
+                for name, tensor in module.named_parameters(recurse=False):
+                    identity = (id(wrapper), tensor.data_ptr())
+                    read = partial(getattr, module, name)
+                    hidden[name] = Hidden(tensor, tensor.shape, unit, read, identity)
+                self._hidden.append((module, hidden))
+
+    @contextmanager
+    def _summoned(self, wrapper: FSDP1) -> Iterator[None]:
+        with self._lifted():
+            with FSDP1.summon_full_params(wrapper, recurse=False, writeback=False):
+                yield
+        return_freed_memory()
+
+    def _hide_partitioned(self, model: nn.Module) -> None:
+        """ZeRO-3: parameters are empty, and know what they were."""
+        units: dict[int, Unit] = {}
+        for module in model.modules():
+            hidden: dict[str, Tensor] = {}
+            for name, tensor in module.named_parameters(recurse=False):
+                if (number := getattr(tensor, "ds_id", None)) is not None:
+                    unit = units.setdefault(number, Unit(partial(_gathered, tensor)))
+                    shape = tensor.ds_shape  # type: ignore[attr-defined]
+                    hidden[name] = Hidden(tensor, shape, unit, partial(_itself, tensor), number)
+            if hidden:
+                self._hidden.append((module, hidden))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """What is below wrappers that are no part of the model."""
+    while isinstance(module, FSDP1 | ActivationWrapper):
+        module = next(iter(module.children()))
+    return module
+
+
+def _of_unit(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters are of one unit of FSDP1."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDP1):
+            yield from _of_unit(child)
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+@contextmanager
+def _gathered(parameter: Tensor) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+    return_freed_memory()
