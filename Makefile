@@ -43,7 +43,6 @@ test-quick: install
 
 test-faults: install
 	$(BIN)/python -m pytest -m faults --support docs/reliability.md
-	$(BIN)/python -m pytest tests/test_faults.py
 
 support-matrix: install
 	$(BIN)/python -m pytest -m matrix --support docs/support.md

@@ -274,9 +274,11 @@ def sharded(root, engine, quantised):
 
     before = step()
     held, modules = parts(model), dict(model.named_modules())
+    attributes = {(n, a) for n, module in modules.items() for a in vars(module)}
     settings = {"save_method": methods, "rounding": "auto", "progress": False}
     result = merge_adapter(model, root / "together", processing_class=tokenizer(), **settings)
     kept = same(held, parts(model)) and modules == dict(model.named_modules())
+    kept &= attributes <= {(n, a) for n, module in modules.items() for a in vars(module)}
     told = gathered([result.version, kept and step() == before])
     if RANK:
         return None

@@ -1,24 +1,19 @@
 """Run by test_reliability in a process of its own: a fault at each step of a version's life.
 
 python store_child.py ROOT: prints one JSON list, a row for each fault and system call.
-Needs OMP_NUM_THREADS=1: a process with no threads can be forked whole.
 """
 
-import errno
-import io
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
 import torch
+from injection import FAULTS, in_child, watch
 
 from merge_callback.codecs import TensorSpec
 from merge_callback.shards import CheckpointWriter
 from merge_callback.store import MergeStore
 
-CALLS = ("mkdir", "write", "fsync", "rename", "chmod", "rmdir", "unlink")
 SPECS = [{f"weight.{i}": TensorSpec((64, 8), torch.float32)} for i in range(2)]
 STAGE = [""]
 
@@ -46,74 +41,6 @@ def life(store, step):
         STAGE[0] = "leave the draft"
     STAGE[0] = "prune"
     store.prune(1, names=[*names, version.name], keep_steps=frozenset())
-
-
-def watch(act):
-    """Call `act(count, name)` before each system call; what it returns is called in its place."""
-    count = 0
-
-    def watched(name, call):
-        def wrapper(*args, **settings):
-            nonlocal count
-            count += 1
-            return (act(count, name) or call)(*args, **settings)
-
-        return wrapper
-
-    for name in CALLS:
-        setattr(os, name, watched(name, getattr(os, name)))
-    opened = io.open
-    writing = watched("open", opened)
-    io.open = lambda file, mode="r", *args, **settings: (writing if "w" in mode else opened)(
-        file, mode, *args, **settings
-    )
-
-
-def refuse(code):
-    def call(*args, **settings):
-        raise OSError(code, os.strerror(code))
-
-    return call
-
-
-def interrupt(*args, **settings):
-    raise KeyboardInterrupt
-
-
-def killed_by(number):
-    def call(*args, **settings):
-        os.kill(os.getpid(), number)
-
-    return call
-
-
-def half(descriptor, data):
-    """Write half of it, as write(2) may."""
-    return os.pwrite(
-        descriptor, bytes(data)[: max(1, len(data) // 2)], os.lseek(descriptor, 0, 1)
-    ) and (os.lseek(descriptor, max(1, len(data) // 2), 1) and max(1, len(data) // 2))
-
-
-FAULTS = {
-    "SIGKILL": killed_by(signal.SIGKILL),
-    "SIGTERM": killed_by(signal.SIGTERM),
-    "KeyboardInterrupt": interrupt,
-    "ENOSPC": refuse(errno.ENOSPC),
-    "EIO": refuse(errno.EIO),
-    "short write": half,
-}
-
-
-def in_child(work):
-    """Exit status of `work` in a forked process; negative: the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:
-            os._exit(3 if isinstance(error, OSError | KeyboardInterrupt) else 4)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def calls_of_a_life(root):
@@ -145,7 +72,7 @@ def main(root):
     rows = []
     for fault, act in FAULTS.items():
         for at, (stage, call) in enumerate(calls_of_a_life(root / "counted" / fault), 1):
-            if (fault == "short write") != (call == "write") and fault == "short write":
+            if fault == "short write" and call != "write":
                 continue
             place = root / fault / str(at)
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy
 import pytest
 from models import qlora
+from test_callback import trainer
 from test_store import manifest, publish
+from transformers import TrainerCallback
 
 import merge_callback.store
-from merge_callback import MergeStore, merge_adapter
+from merge_callback import MergeOnSaveCallback, MergeStore
 from merge_callback.store import MANIFEST
 
 pytestmark = pytest.mark.faults
@@ -172,31 +174,29 @@ def resident():
     "count", [40, pytest.param(200, marks=pytest.mark.soak)], ids=["short", "long"]
 )
 def test_many_exports_leave_nothing_behind(tmp_path, monkeypatch, count, support):
-    support("Many exports in one process", f"{count} exports", "left")
+    support("A merge at each save of one training", f"{count} saves", "left")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    model = qlora(tmp_path)
-    store = MergeStore(tmp_path / "out")
-    settings = {"rounding": "nearest", "progress": False, "card": False}
+    memory, held = [], []
 
-    def one():
-        merge_adapter(model, store.root, **settings)
-        gc.collect()
+    class Sample(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            gc.collect()
+            memory.append(resident())
+            held.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))
 
-    for _ in range(5):
-        one()
-    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
-    memory = []
-    for _ in range(count - 5):
-        one()
-        memory.append(resident())
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
-    slope = numpy.polyfit(range(len(memory)), memory, 1)[0]
+    callback = MergeOnSaveCallback(merge_on_save=True, rounding="nearest", card=False)
+    settings = {"max_steps": count, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"save_total_limit": 1, "model": qlora(tmp_path)}
+    trainer(tmp_path, callback, Sample(), **settings).train()
+    assert len(set(held[5:])) == 1
+    slope = numpy.polyfit(range(count - 10), memory[10:], 1)[0]
+    store = MergeStore(tmp_path / "run" / "_merged")
     assert len(store.versions()) == count
     for version in store.versions():
         store.verify(version)
     assert not (tmp_path / "tmp").exists() or not list((tmp_path / "tmp").iterdir())
     assert slope < 64 * 1024, f"{slope / 1024:.1f} KiB an export"
-    support.found(f"{slope / 1024:.1f} KiB an export, no thread, file or descriptor")
+    support.found(f"{slope / 1024:.1f} KiB a save, no thread, file or descriptor")
 
 
 def _publish_for(root, seconds, counts, index):
