@@ -42,10 +42,10 @@ test-quick: install
 	$(BIN)/python -m pytest $(QUICK)
 
 test-faults: install
-	$(BIN)/python -m pytest -m faults --support docs/reliability.md
+	$(BIN)/python -m pytest -m faults --support=docs/reliability.md
 
 support-matrix: install
-	$(BIN)/python -m pytest -m matrix --support docs/support.md
+	$(BIN)/python -m pytest -m matrix --support=docs/support.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py

@@ -1,15 +1,24 @@
 """Whatever lies where a version should: no crash, and no file is read or touched elsewhere."""
 
+import io
 import json
+import math
 import os
+import pickle
+import resource
+import shutil
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import adapt, load_base, save_base
+from safetensors.torch import load_file, save_file
 from test_store import publish
 
-from merge_callback import CorruptVersion, MergeStore
+from merge_callback import CorruptVersion, MergeStore, compare, merge_adapter
 from merge_callback.store import MANIFEST, read_version
+from merge_callback.verification.rebuilt import rebuild
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -117,3 +126,128 @@ def test_a_version_that_is_a_link_is_none_and_is_not_pruned(tmp_path):
     assert [version.name for version in store.versions()] == ["step-2"]
     store.prune(1, names=["step-1", "step-2"], keep_steps=frozenset())
     MergeStore(tmp_path / "elsewhere").verify("step-1")
+
+
+# Models that others made
+
+
+def a_model(root, kind="bfloat16"):
+    """A directory as a merge writes it, and what is in its one weight file."""
+    result = merge_adapter(
+        adapt(load_base(save_base(root / "base"), kind)), root / "out", verify=False, progress=False
+    )
+    return result.path
+
+
+def says(directory):
+    """What is said of a directory that somebody else made."""
+    with pytest.raises(CorruptVersion) as caught:
+        compare(directory, directory, [{"input_ids": torch.arange(8)[None]}])
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    return {kind: a_model(root / kind, kind) for kind in ("bfloat16", "nf4", "nf4-nested")}
+
+
+@pytest.fixture
+def hostile(made, tmp_path):
+    """A copy of a model to spoil, and its weight file."""
+
+    def copy(kind="bfloat16"):
+        directory = tmp_path / kind
+        shutil.copytree(made[kind], directory)
+        weights = directory / "model.safetensors"
+        weights.chmod(0o600)
+        return directory, weights
+
+    return copy
+
+
+def with_header(weights, change):
+    """Change the header of a safetensors file; its data stays."""
+    raw = weights.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+
+def overlap(header):
+    first, second, *_ = [name for name in header if name != "__metadata__"]
+    header[second] = header[first]
+
+
+def beyond(header):
+    last = max(header, key=lambda name: header[name].get("data_offsets", [0])[0])
+    start, end = header[last]["data_offsets"]
+    header[last] |= {"data_offsets": [start, end + 2**40], "shape": [2**40]}
+
+
+def test_a_header_of_an_exabyte_is_not_read(hostile):
+    directory, weights = hostile()
+    weights.write_bytes((2**60).to_bytes(8, "little") + weights.read_bytes()[8:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "does not load" in says(directory)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+@pytest.mark.parametrize("change", [overlap, beyond])
+def test_tensors_that_lie_where_they_cannot_do_not_load(hostile, change):
+    directory, weights = hostile()
+    with_header(weights, change)
+    assert "does not load" in says(directory)
+
+
+@given(at=st.integers(0, 400), byte=st.integers(0, 255), size=st.integers(0, 2**63))
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+def test_any_byte_of_a_header_may_be_another(made, tmp_path_factory, at, byte, size):
+    directory = tmp_path_factory.mktemp("bytes") / "model"
+    shutil.copytree(made["bfloat16"], directory)
+    weights = directory / "model.safetensors"
+    weights.chmod(0o600)
+    raw = bytearray(weights.read_bytes())
+    raw[8 + at] = byte
+    if at % 3 == 0:
+        raw[:8] = size.to_bytes(8, "little")
+    weights.write_bytes(raw)
+    try:
+        rebuild(directory)
+    except CorruptVersion:
+        pass
+
+
+@pytest.mark.parametrize("part", [".absmax", ".nested_absmax"])
+def test_a_scale_that_is_no_number_is_named(hostile, part):
+    directory, weights = hostile("nf4" if part == ".absmax" else "nf4-nested")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith(part))
+    tensors[name][0] = math.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert f"scales that are not finite: {name.removesuffix(part)}" in says(directory)
+
+
+def test_a_pickle_is_not_opened(hostile, tmp_path):
+    directory, weights = hostile()
+    weights.unlink()
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "run"), "w"))
+
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    assert "model.safetensors" in says(directory) and not (tmp_path / "run").exists()
+
+
+def test_code_that_came_with_a_model_is_not_run(hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # should anybody ask
+    directory, _ = hostile()
+    (directory / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Config"}}
+    (directory / "config.json").chmod(0o600)
+    (directory / "config.json").write_text(json.dumps(config))
+    assert "does not load" in says(directory) and not (tmp_path / "run").exists()

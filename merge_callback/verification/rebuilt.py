@@ -46,6 +46,7 @@ def rebuild(
                 path,
                 device_map={"": "cpu"},
                 local_files_only=True,
+                use_safetensors=True,  # a pickle may do anything
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # then they are named
             )
@@ -58,6 +59,8 @@ def rebuild(
     if any(told.values()):
         problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
         raise CorruptVersion(f"{path} does not load whole: {problems}")
+    if broken := [name for name, p in model.named_parameters() if not _scales_are_finite(p)]:
+        raise CorruptVersion(f"{path} has scales that are not finite: {', '.join(broken)}")
     keep_cpu_weights_unpacked(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
@@ -125,8 +128,16 @@ def _fits(model: nn.Module, device: torch.device) -> bool:
     return torch.cuda.mem_get_info(device)[0] > _SPARE * nbytes
 
 
+def _scales_are_finite(parameter: nn.Parameter) -> bool:
+    """Of a 4-bit weight; a kernel may make finite values of one that is not."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    scales = [getattr(s, name, None) for s in (state, nested) for name in ("absmax", "offset")]
+    return all(bool(s.isfinite().all()) for s in scales if isinstance(s, torch.Tensor))
+
+
 def _named_class(path: Path) -> Any:
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     (name, *_) = config.architectures or ("",)
     found = getattr(transformers, name, None)
     if found is None:
