@@ -1,5 +1,6 @@
 """Ways to round: exact where they are exact, better than what they began with where not."""
 
+import math
 from dataclasses import replace
 
 import bitsandbytes.functional as bnb
@@ -10,6 +11,7 @@ from merge_callback.rounding import calibrated as rounding
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import RUN, Codes, Grid
 from merge_callback.rounding.nearest import nearest
+from merge_callback.rounding.steps import Steps
 from merge_callback.rounding.stochastic import stochastic
 
 CPU = torch.device("cpu")
@@ -19,6 +21,9 @@ GRIDS = [
     for nested in (True, False)
 ]
 ids = [f"{g.quant_type}{'-nested' if g.nested else ''}" for g in GRIDS]
+
+
+OUTLIERS = [-1e30, 1e30, 0.0, -0.0, math.inf, -math.inf, math.nan]
 
 
 def normal(*shape, seed=0):
@@ -68,6 +73,33 @@ def test_packed_codes_are_those_of_bitsandbytes(grid):
     places = order.nearest(weight / grid.spread(state.absmax, weight.shape))
     mine = grid.decode(order.pack(places), state.absmax, weight.numel(), torch.float32)
     assert torch.equal(mine, bnb.dequantize_4bit(codes, state).flatten())
+
+
+@pytest.mark.parametrize("grid", GRIDS[1::2], ids=ids[1::2])
+def test_numbers_at_next_to_and_beyond_a_boundary_are_on_its_right_side(grid):
+    values = grid.table(CPU).sort().values
+    middles = (values[1:] + values[:-1]) / 2
+    for boundaries in (middles, values):
+        down, up = (torch.nextafter(boundaries, torch.full((), end)) for end in (-9.0, 9.0))
+        even = torch.linspace(-1.1, 1.1, 100_001)
+        numbers = torch.cat([boundaries, down, up, even, torch.tensor(OUTLIERS)])
+        found = Steps(boundaries).below(numbers)
+        assert torch.equal(found, torch.bucketize(numbers, boundaries, out_int32=True))
+
+
+@pytest.mark.parametrize("numel", [1, 63, 64, 65, RUN + 130])
+@pytest.mark.parametrize("grid", GRIDS[1::2], ids=ids[1::2])
+def test_nearest_codes_and_scales_are_those_of_bitsandbytes(grid, numel):
+    weight = normal(numel) * torch.logspace(-40, 3, numel)  # subnormal ones too
+    weight[numel // 2 :][:64] = 0
+    if numel > RUN:  # every tie there is, at a scale that is a power of two
+        values = grid.table(CPU).sort().values
+        weight[:64] = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.zeros(33)]) / 4
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type=grid.quant_type, compress_statistics=False
+    )
+    mine = nearest(weight, grid)
+    assert torch.equal(mine.packed, codes) and torch.equal(mine.scales, state.absmax)
 
 
 def test_an_odd_last_code_stands_in_the_high_half():
@@ -190,12 +222,12 @@ def test_without_coupling_feedback_rounds_to_nearest():
     h = torch.diag(torch.rand(96) + 0.1)
     order = h.diagonal().argsort(descending=True)
     places = rounding._feed_back(wanted, rounding._inverse_factor(h, order), order, spread, codes)
-    assert torch.equal(places.long(), codes.nearest(wanted / spread))
+    assert torch.equal(places.int(), codes.nearest(wanted / spread))
 
 
 def test_feedback_is_that_of_a_loop_over_single_columns():
     codes, h = Codes(GRIDS[0], CPU), moment(150).double()
-    codes.values, codes._middles = codes.values.double(), codes._middles.double()
+    codes.values, codes._middles = codes.values.double(), Steps(codes._middles.boundaries.double())
     wanted, spread = normal(5, 150).double(), torch.full((5, 150), 2.0).double()
     order = h.diagonal().argsort(descending=True)
     factor = rounding._inverse_factor(h, order).double()
@@ -224,7 +256,7 @@ def test_descent_ends_where_no_single_code_can_be_changed_for_the_better(monkeyp
     monkeypatch.setattr(rounding, "_SWEEPS", 60)
     codes, h = Codes(GRIDS[0], CPU), moment(96).double()
     wanted, spread = normal(5, 96).double(), torch.full((5, 96), 2.0).double()
-    codes.values, codes._middles = codes.values.double(), codes._middles.double()
+    codes.values, codes._middles = codes.values.double(), Steps(codes._middles.boundaries.double())
     start = codes.nearest(wanted / spread).to(torch.uint8)
     places = rounding._descend(wanted, start, h, spread, codes)
     stored = codes.values[places.int()] * spread

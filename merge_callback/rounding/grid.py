@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from merge_callback.rounding.steps import Steps
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -136,16 +138,25 @@ class Codes:
     def __init__(self, grid: Grid, device: torch.device):
         table = grid.table(device)
         self.values, order = table.sort()
-        self._code = order.to(torch.uint8)
-        self._middles = (self.values[1:] + self.values[:-1]) / 2
+        in_order = bool((order[1:] > order[:-1]).all())
+        self._code = None if in_order else order.to(torch.int32)
+        self._middles = Steps((self.values[1:] + self.values[:-1]) / 2)
+        self._values = Steps(self.values)
 
     def nearest(self, ratios: Tensor) -> Tensor:
-        """Places, in order of value, of the values nearest to `ratios`."""
-        return torch.bucketize(ratios, self._middles)
+        """Places, in order of value, of the values nearest to `ratios`; int32."""
+        return self._middles.below(ratios)
+
+    def above(self, ratios: Tensor) -> Tensor:
+        """Places, in order of value, of the first values that are no less than `ratios`; int32."""
+        return self._values.below(ratios)
 
     def pack(self, places: Tensor) -> Tensor:
         """Places as bitsandbytes packs their codes, see `Rounded.packed`."""
-        codes = self._code[places.reshape(-1).int()]
+        codes = places.reshape(-1).to(torch.int32)
+        if self._code is not None:
+            codes = self._code.index_select(0, codes)
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_zeros(1)])
-        return ((codes[::2] << 4) | codes[1::2]).view(-1, 1)
+        pairs = codes.view(torch.int64)  # little-endian: the first of two is the low half
+        return (pairs >> 32).bitwise_or_(pairs << 4).to(torch.uint8).view(-1, 1)

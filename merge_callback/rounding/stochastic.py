@@ -36,18 +36,21 @@ def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
     # A seed of its own for each weight: with one for all, their errors would add up.
     seed = int(scales.view(torch.int32).sum(dtype=torch.int64)) & 0xFFFFFFFF
     generator = torch.Generator(weight.device).manual_seed(seed)
+    divisors = torch.where(stored != 0, stored, 1)  # a block of scale 0 holds zeros alone
+    lower = codes.values.roll(1)
+    gaps = codes.values - lower
     packed = []
     for start, run in enumerate(torch.split(weight.reshape(-1), RUN)):
+        padded = torch.nn.functional.pad(run, (0, -len(run) % grid.blocksize))
+        blocks = padded.view(-1, grid.blocksize)
         first = start * RUN // grid.blocksize
-        last = first + -(-len(run) // grid.blocksize)
-        spread = grid.spread(stored[first:last], run.shape)
-        by_chance = grid.spread(chances[first:last], run.shape)
-        # A block of scale 0 holds zeros alone.
-        ratios = torch.where(spread != 0, run / spread, torch.zeros_like(run)).clamp(-1, 1)
-        above = torch.searchsorted(codes.values, ratios).clamp(1, 15)
-        low, high = codes.values[above - 1], codes.values[above]
-        chance = (ratios - low) / (high - low).clamp(min=1e-12)
-        random = torch.rand(run.shape, generator=generator, device=run.device)
-        up = torch.where(by_chance, random, 0.5) < chance
-        packed.append(codes.pack(torch.where(up, above, above - 1)))
+        here = slice(first, first + len(blocks))
+        ratios = (blocks / divisors[here, None]).clamp_(-1, 1)
+        above = codes.above(ratios).clamp_(1, 15)
+        places = above.flatten()
+        low, gap = (table.index_select(0, places).view_as(ratios) for table in (lower, gaps))
+        random = torch.rand(blocks.shape, generator=generator, device=run.device)
+        threshold = torch.where(chances[here, None], random, 0.5)
+        below = threshold * gap >= ratios - low
+        packed.append(codes.pack((above - below.int()).flatten()[: len(run)]))
     return Rounded(torch.cat(packed), scales)
