@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
+from merge_callback.engines import class_of
 from merge_callback.report import figures_table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -63,7 +64,7 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_path=str(template or TEMPLATE),
-        title=f"{source or type(model).__name__}, fine-tuned",
+        title=f"{source or class_of(model).__name__}, fine-tuned",
         base_model=source,
         methods=methods,
         manifest=manifest,
@@ -101,7 +102,7 @@ def card_for_the_hub(text: str, repo_id: str, folder: str = "") -> str:
 
 def snippet(model: PreTrainedModel, processor: str | None, inside: str = "") -> str:
     """Python that loads the model, and generates where it can."""
-    name = type(model).__name__
+    name = class_of(model).__name__
     kind = next((auto for auto, names in _AUTO.items() if name in names.values()), name)
     lines = [f"from transformers import {kind}", "", f'path = "{_PLACEHOLDER}{inside}"']
     lines.append(f'model = {kind}.from_pretrained(path, device_map="auto")')

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from merge_callback.codecs.bnb4 import Bnb4
+from merge_callback.engines import class_of
 from merge_callback.plan import Plan
 
 # What a trainer turns off or on in the live config and a user of the model wants back.
@@ -96,7 +97,7 @@ def _lift(directory: Path) -> None:
 
 def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
     config = copy.deepcopy(plan.model.config)
-    config.architectures = [type(plan.model).__name__]
+    config.architectures = [class_of(plan.model).__name__]
     for name, value in restored.items():
         setattr(config.get_text_config(), name, value)
     if plan.ties_broken:

@@ -1,6 +1,6 @@
 """Engines that keep a model in parts and hide it: FSDP1 and DeepSpeed ZeRO-3; and their wrappers.
 
-FSDP2 needs nothing of this: its parameters know their whole shapes by themselves.
+FSDP2's parameters know their whole shapes by themselves; it only gives modules another class.
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
 from merge_callback.errors import MergeRefused
 from merge_callback.host_memory import return_freed_memory
 from merge_callback.sharding import Hidden, Unit
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def keeps_parts(model: nn.Module) -> bool:
@@ -25,11 +28,18 @@ def keeps_parts(model: nn.Module) -> bool:
     return flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def class_of(module: M) -> type[M]:
+    """The class of a module; where FSDP2 has given it another, the one that it had before."""
+    own = type(module)
+    return own.__bases__[1] if issubclass(own, FSDPModule) and own is not FSDPModule else own
+
+
 class WholeView:
     """A model as it looks where one process holds all of it.
 
     While it is `shown`, the wrappers of FSDP1 and of activation checkpointing are gone from between
-    the modules, and each parameter that an engine keeps in parts is a `Hidden` one.
+    the modules, FSDP2's classes are those that they were made from, and each parameter that FSDP1
+    or ZeRO-3 keeps in parts is a `Hidden` one.
 
     Args:
         model: with all that an engine has wrapped around it. All processes have to make the view
@@ -37,6 +47,9 @@ class WholeView:
 
     Raises:
         MergeRefused: FSDP1 holds some of it from outside of what was given.
+
+    Attributes:
+        of_an_engine: FSDP or ZeRO-3 has been at work.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,6 +59,7 @@ class WholeView:
             for name, child in parent.named_children()
             if _bare(parent) is parent and _bare(child) is not child
         ]
+        self._renamed = [(m, type(m)) for m in model.modules() if class_of(m) is not type(m)]
         self._hidden: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._covered: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] | None = None
         units = FSDP1.fsdp_modules(model)
@@ -55,6 +69,7 @@ class WholeView:
         for unit in units:
             self._hide_flat(unit)
         self._hide_partitioned(model)
+        self.of_an_engine = bool(self._renamed or self._hidden)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -80,6 +95,8 @@ class WholeView:
     def _cover(self) -> None:
         for parent, name, wrapper in self._wrapped:
             parent._modules[name] = _bare(wrapper)
+        for module, _ in self._renamed:
+            module.__class__ = class_of(module)
         self._covered = []
         for module, hidden in self._hidden:
             attributes = {n: module.__dict__.pop(n) for n in hidden if n in module.__dict__}
@@ -93,6 +110,8 @@ class WholeView:
             module._parameters.update(parameters)
             module.__dict__.update(attributes)
         self._covered = None
+        for module, renamed in self._renamed:
+            module.__class__ = renamed
         for parent, name, wrapper in self._wrapped:
             parent._modules[name] = wrapper
 
@@ -100,7 +119,7 @@ class WholeView:
         """FSDP1: parameters are parts of a flat one, which each unit has of its own."""
         unit = Unit(partial(self._summoned, wrapper))
         with unit.gathered():
-            for module in _of_unit(wrapper.module):
+            for module in dict.fromkeys(_of_unit(wrapper.module)):  # tied ones meet twice
                 hidden: dict[str, Tensor] = {}
                 for name, tensor in module.named_parameters(recurse=False):
                     identity = (id(wrapper), tensor.data_ptr())
@@ -151,7 +170,11 @@ def _itself(parameter: Tensor) -> Tensor:
 @contextmanager
 def _gathered(parameter: Tensor) -> Iterator[None]:
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+        yield  # small ones stay gathered; leaving the context below would part them
+        return
     with deepspeed.zero.GatheredParameters([parameter]):
         yield
     return_freed_memory()

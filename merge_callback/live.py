@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from merge_callback.adapters import Update, kinds
@@ -28,7 +27,7 @@ from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, PlainWeight
 from merge_callback.engines import keeps_parts
 from merge_callback.errors import MergeRefused
-from merge_callback.sharding import Hidden, is_sharded, unit_of, whole
+from merge_callback.sharding import is_sharded, unit_of, whole
 
 # Tuners whose layers change what flows through the model, not what its weights are.
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter")
@@ -230,13 +229,20 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 
 def trained_state(model: PeftModel) -> dict[str, Tensor]:
-    """The entries of its state dict that belong to adapters or were trained, as they are whole.
+    """The entries of its state dict that PEFT may save, as they are whole.
 
-    On the CPU, so that no device holds more than one of them.
+    Those of adapters, what was trained, and input and output embeddings, which PEFT saves where the
+    vocabulary was resized. On the CPU, so that no device holds more than one of them.
     """
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    inside = tuple(f"{name}." for name, module in model.named_modules() if module in ends)
     state = model.state_dict(keep_vars=True)
-    adapters = [n for n in state if n in trained or any(part in n for part in _ADAPTER_PARTS)]
+    adapters = [
+        name
+        for name in state
+        if name in trained or name.startswith(inside) or any(p in name for p in _ADAPTER_PARTS)
+    ]
     found: dict[str, Tensor] = {}
     for _, names in groupby(sorted(adapters), lambda name: unit_of(state[name]) or name):
         together = {name: state[name].detach() for name in names}
@@ -245,13 +251,12 @@ def trained_state(model: PeftModel) -> dict[str, Tensor]:
     return found
 
 
-def sharding_problems(peft_model: PeftModel, base: PreTrainedModel) -> Iterator[str]:
+def sharding_problems(base: PreTrainedModel, *, known_engine: bool) -> Iterator[str]:
     """Why a sharded model cannot be merged, each with its cure."""
     if getattr(base, "_tp_size", None) not in (None, 1):
         yield "tensor parallel plans (tp_plan) do not merge; train with FSDP, ZeRO-3 or DDP"
         return
-    fsdp2 = any(isinstance(module, FSDPModule) for module in peft_model.modules())
-    if not fsdp2 and not any(isinstance(tensor, Hidden) for tensor in peft_model.parameters()):
+    if not known_engine:
         yield "an unknown engine has sharded its tensors; train with FSDP, ZeRO-3 or DDP"
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer) and kinds.is_active(module):

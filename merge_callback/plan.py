@@ -197,7 +197,8 @@ def make_plan(model: nn.Module, options: MergeOptions, processes: Processes = AL
     devices = [parameter.device.type for parameter in base.parameters()]
     with view.shown(), exact_maths(devices):
         if sharded:
-            problems = [*sharding_problems(peft_model, base), *_sharded_problems(options)]
+            problems = [*sharding_problems(base, known_engine=view.of_an_engine)]
+            problems += _sharded_problems(options)
             if problems:
                 raise MergeRefused(problems)
         plan = _make_plan(peft_model, base, options, view)

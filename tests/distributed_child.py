@@ -49,9 +49,10 @@ METHODS = ["merged_4bit", "merged_16bit", "lora"]
 
 
 def weights(root, name):
-    """sha256 of the weight files of a version; the others have the time in them."""
+    """sha256 of weight files and configs of a version; others have the time in them."""
     files = MergeStore(root).version(name).manifest["files"]
-    return {p: file["sha256"] for p, file in files.items() if p.endswith(".safetensors")}
+    kept = (".safetensors", "/config.json", "adapter_config.json")
+    return {p: file["sha256"] for p, file in files.items() if p.endswith(kept)}
 
 
 def gathered(value):
@@ -166,10 +167,18 @@ def calibrated(root):
     return {"tokens": manifest["calibration"]["tokens"]}
 
 
-def fsdp2(model):
+def fsdp2(model, *, leaves=False):
+    """By layers, as accelerate does; or down to single layers, and the model below PEFT's too."""
     mesh = init_device_mesh("cpu", (2,))
-    for layer in model.get_base_model().model.layers:
+    base = model.get_base_model()
+    for layer in base.model.layers:
+        if leaves:
+            linear = layer.mlp.up_proj
+            fully_shard(getattr(linear, "base_layer", linear), mesh=mesh)
+            fully_shard(layer.self_attn.q_proj, mesh=mesh)
         fully_shard(layer, mesh=mesh)
+    if leaves:
+        fully_shard(base, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -189,7 +198,7 @@ def zero3(model):
 
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000},
         "bf16": {"enabled": True},
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -210,7 +219,7 @@ def zero3_trainer(root, quantised):
     args = TrainingArguments(str(root / "run"), deepspeed=settings, bf16=True, **COMMON | saves)
     callback = MergeOnSaveCallback(merge_on_save=True, save_method=["merged_16bit", "lora"])
     run = Trainer(
-        model=bf16_model(root, quantised=quantised),
+        model=bf16_model(root, quantised=quantised, resized=False),
         args=args,
         train_dataset=data(),
         processing_class=tokenizer(),
@@ -225,6 +234,7 @@ def zero3_trainer(root, quantised):
 
 ENGINES = {
     "fsdp2": fsdp2,
+    "fsdp2-leaves": partial(fsdp2, leaves=True),
     "fsdp1": lambda model: fsdp1(model, original=True),
     "fsdp1-flat": lambda model: fsdp1(model, original=False),
     "zero3": zero3,
@@ -239,11 +249,21 @@ def parts(model):
         tensor = getattr(tensor, "_local_tensor", tensor)
         if tensor.untyped_storage().size():  # FSDP1 leaves freed views of Params4bit behind
             bits = tensor.detach().view(torch.int16).clone()  # NaNs too
-            found[name] = (type(parameter), id(parameter), bits)
+            status = str(getattr(parameter, "ds_status", ""))
+            found[name] = (type(parameter), id(parameter), status, bits)
     return found
 
 
-def bf16_model(root, *, quantised):
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "tokens": {"trainable_token_indices": [3, 7]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"modules_to_save": ["lm_head"]},
+}
+
+
+def bf16_model(root, *, quantised, adapter="lora", resized=True):
     """All of whose parameters are bfloat16, as engines want them, with an adapter."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -253,7 +273,11 @@ def bf16_model(root, *, quantised):
         bnb_4bit_quant_storage=torch.bfloat16,
     )
     settings = {"dtype": torch.bfloat16} | ({"quantization_config": config} if quantised else {})
-    model = adapt(AutoModelForCausalLM.from_pretrained(root / "base", **settings))
+    base = AutoModelForCausalLM.from_pretrained(root / "base", **settings)
+    if resized:
+        torch.manual_seed(0)
+        base.resize_token_embeddings(306)  # PEFT saves them then
+    model = adapt(base, **ADAPTERS[adapter])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -261,10 +285,10 @@ def bf16_model(root, *, quantised):
     return model
 
 
-def sharded(root, engine, quantised):
+def sharded(root, engine, quantised, adapter="lora"):
     """Shard a model over both processes and merge it; then merge the same model in one."""
-    methods = METHODS if quantised else ["merged_16bit", "lora"]
-    model = ENGINES[engine](bf16_model(root, quantised=quantised))
+    methods = METHODS if quantised or "leaves" in engine else ["merged_16bit", "lora"]
+    model = ENGINES[engine](bf16_model(root, quantised=quantised, adapter=adapter))
     inputs = torch.arange(32).reshape(2, 16)
 
     def step():
@@ -282,7 +306,7 @@ def sharded(root, engine, quantised):
     told = gathered([result.version, kept and step() == before])
     if RANK:
         return None
-    alone = bf16_model(root, quantised=quantised)
+    alone = bf16_model(root, quantised=quantised, adapter=adapter)
     merge_adapter(alone, root / "alone", processing_class=tokenizer(), **settings)
     return {
         "told": told,
@@ -353,6 +377,11 @@ MODES |= {
     f"{engine}-{base}": partial(sharded, engine=engine, quantised=base == "nf4")
     for engine in ENGINES
     for base in ("nf4", "bf16")
+}
+MODES |= {
+    f"{engine}-bf16-{adapter}": partial(sharded, engine=engine, quantised=False, adapter=adapter)
+    for engine in ENGINES
+    for adapter in ADAPTERS
 }
 MODES |= {
     "zero3-trainer-nf4": partial(zero3_trainer, quantised=True),

@@ -39,6 +39,9 @@ from merge_callback import (
 )
 from merge_callback.adapters import lora
 from merge_callback.codecs import plain
+from merge_callback.export import check_merge
+from merge_callback.options import MergeOptions
+from merge_callback.processes import PeerError
 from merge_callback.store import Draft
 from merge_callback.verification import checks, outputs, rebuilt
 from merge_callback.verification.outputs import Speaker, compare_outputs
@@ -753,3 +756,15 @@ def test_rows_that_are_no_whole_blocks_are_written_as_the_format_has_them(tmp_pa
         float(((written - values) * delta).detach().sum() / (delta * delta).detach().sum()),
         abs=0.02,
     )
+
+
+def test_that_a_peer_failed_is_not_taken_for_a_damaged_weight(tmp_path, monkeypatch):
+    plan = check_merge(qlora(tmp_path), MergeStore(tmp_path / "out"), MergeOptions())
+    result = merge_adapter(qlora(tmp_path), tmp_path / "out", verify=False, progress=False)
+
+    def failing(*_):
+        raise PeerError("process 1 failed")
+
+    monkeypatch.setattr(checks, "deviations", failing)
+    with pytest.raises(PeerError):
+        checks.broken_weights(plan, {"merged_4bit": result.path})

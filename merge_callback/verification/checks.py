@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, input_device
+from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion, VerificationError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
@@ -92,7 +93,7 @@ def verify_models(
             if method == "lora":
                 continue
             try:
-                model = rebuild(place, type(plan.model))
+                model = rebuild(place, class_of(plan.model))
             except CorruptVersion as error:
                 done.problems.append(str(error))
                 continue
@@ -124,8 +125,13 @@ def broken_weights(plan: Plan, places: Mapping[str, Path]) -> str:
     told: list[str] = []
     for method, place in places.items():
         if method != "lora":
-            with contextlib.suppress(Exception):  # what is known to be damaged may do anything
-                told += worst(deviations(plan, method, rebuild(place, type(plan.model))), _WORST)
+            try:
+                model = rebuild(place, class_of(plan.model))
+                told += worst(deviations(plan, method, model), _WORST)
+            except PeerError:
+                raise
+            except Exception:  # what is known to be damaged may do anything
+                continue
     return ", ".join(told)
 
 
