@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,6 @@ def retention(runs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Retention:
         start = base.float()
         delta = merged.float() - start
         arrived = written.float() - start
-        kept, trained = (arrived * delta).sum(), (delta * delta).sum()
+        kept, trained = torch.dot(arrived, delta), torch.dot(delta, delta)
         total += Retention(float(kept), float(trained))
     return total

@@ -14,6 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -50,6 +51,9 @@ class FileRecord(NamedTuple):
 class CheckpointWriter:
     """The weight files of one model, `model.safetensors` or its shards with their index.
 
+    A thread hashes and writes; while it is at one tensor the caller can make the next. What fails
+    there is raised by the next call, or on leaving the context.
+
     Args:
         directory: exists; nothing in it is overwritten.
         groups: what to write, in order; the tensors of a group stay in one file.
@@ -66,22 +70,43 @@ class CheckpointWriter:
         self._specs = {name: spec for group in groups for name, spec in group.items()}
         self._files = _split(groups, max_shard_size)
         self._file_of = {name: file for file, names in self._files.items() for name in names}
+        self._waiting = {file: list(names)[::-1] for file, names in self._files.items()}
         self._open: dict[str, _File] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="merge-writer")
+        self._pending: Future[None] | None = None
         self.records: dict[str, FileRecord] = {}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor of its file.
+        """Write the next tensor of its file, which must not change until the next call.
 
         Raises:
             ValueError: it is not the tensor that was planned at this place.
         """
         file = self._file_of[name]
+        expected = self._waiting[file].pop()
+        spec = self._specs[expected]
+        if (name, spec) != (expected, TensorSpec(tuple(tensor.shape), tensor.dtype)):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} "
+                f"{spec.shape} {spec.dtype} was planned"
+            )
+        data = host_bytes(tensor)
+        self._settle()
+        self._pending = self._thread.submit(self._append, file, data, not self._waiting[file])
+
+    def _append(self, file: str, data: memoryview, last: bool) -> None:
         if file not in self._open:
-            specs = {n: self._specs[n] for n in self._files[file]}
+            specs = {name: self._specs[name] for name in self._files[file]}
             self._open[file] = _File(self._directory / file, specs)
-        self._open[file].write(name, tensor)
-        if self._open[file].complete:
+        self._open[file].append(data)
+        if last:
             self.records[file] = self._open.pop(file).close()
+
+    def _settle(self) -> None:
+        """Wait for the thread, and raise what it met."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -92,8 +117,13 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._open.values():
-            file.abandon()
+        self._thread.shutdown()  # it ends what it has begun
+        try:
+            if kind is None:
+                self._settle()
+        finally:
+            for file in self._open.values():
+                file.abandon()
         if kind is not None:
             return
         if missing := self._files.keys() - self.records.keys():
@@ -143,25 +173,11 @@ class _File:
     """One safetensors file that is being written."""
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
-        self._waiting = list(specs.items())[::-1]
         self._hash = hashlib.sha256()
         self._size = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(path, flags, 0o666)  # the umask takes its share
-        self._append(_header(specs))
-
-    @property
-    def complete(self) -> bool:
-        return not self._waiting
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        expected, spec = self._waiting.pop()
-        if (name, spec) != (expected, TensorSpec(tuple(tensor.shape), tensor.dtype)):
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} "
-                f"{spec.shape} {spec.dtype} was planned"
-            )
-        self._append(host_bytes(tensor))
+        self.append(_header(specs))
 
     def close(self) -> FileRecord:
         os.fsync(self._descriptor)
@@ -171,7 +187,7 @@ class _File:
     def abandon(self) -> None:
         os.close(self._descriptor)
 
-    def _append(self, data: bytes | memoryview) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), _BYTES_AT_ONCE):
             part = memoryview(data)[start : start + _BYTES_AT_ONCE]
             self._hash.update(part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from merge_callback.plan import Group, Plan
 from merge_callback.retention import Retention, retention
 from merge_callback.shards import CheckpointWriter
 from merge_callback.store import Draft
+
+_FREED = 1 << 28  # bytes of float32 weights between two times that memory is given back
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +46,13 @@ def write_weights(
         }
         total = sum(len(group.weights) for group in plan.groups)
         with tqdm(total=total, desc="merge", unit="tensor", disable=not options.progress) as bar:
+            freed = 0
             for group in plan.groups:
                 _write_group(plan, group, writers, kept, bar)
-                return_freed_memory()
+                freed += sum(4 * prod(weight.stored.shape) for weight in group.weights)
+                if freed > _FREED:
+                    return_freed_memory()
+                    freed = 0
     for method, writer in writers.items():
         prefix = places[method].relative_to(draft.path)
         draft.records |= {(prefix / file).as_posix(): r for file, r in writer.records.items()}
