@@ -6,14 +6,22 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from models import load_base, save_base
+import torch
+import torch.distributed as dist
+from models import adapt, load_base, same, save_base
 from peft import PeftModel
+from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from merge_callback import MergeStore, merge_adapter
+from merge_callback.export import rescue
+from merge_callback.sharding import Hidden, Unit
 
 CHILD = Path(__file__).with_name("distributed_child.py")
 DEEPSPEED = CHILD.parents[1] / ".deepspeed"
@@ -72,6 +80,48 @@ def test_a_trainer_on_deepspeed_publishes_what_one_process_makes_of_its_adapter(
     alone = MergeStore(tmp_path / "alone").version("merged").manifest["files"]
     sha256 = alone["model.safetensors"]["sha256"]
     assert found["files"]["merged_16bit/model.safetensors"] == sha256
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    """torch.distributed with this process alone, as with one GPU and an engine's config."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore::FutureWarning")
+@pytest.mark.parametrize("engine", ["fsdp2", "fsdp1", "fsdp1-flat"])
+def test_an_engine_with_one_process_merges_as_none(tmp_path, engine, alone_in_a_group):
+    def model():
+        base = load_base(save_base(tmp_path / "base", tied=False), "bfloat16")
+        made = adapt(base)
+        for parameter in made.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        return made
+
+    def wrapped(made):
+        if engine == "fsdp2":
+            return fully_shard(made, mesh=init_device_mesh("cpu", (1,)))
+        settings = {"use_orig_params": engine == "fsdp1", "device_id": torch.device("cpu")}
+        policy = fsdp_auto_wrap_policy(made)
+        return FullyShardedDataParallel(made, auto_wrap_policy=policy, **settings)
+
+    sharded = wrapped(model())
+    settings = {"save_method": ["merged_16bit", "lora"], "progress": False}
+    for name, given in (("sharded", sharded), ("plain", model())):
+        merge_adapter(given, tmp_path / "out", name=name, **settings)
+    store = MergeStore(tmp_path / "out")
+    files = [store.version(name).manifest["files"] for name in ("sharded", "plain")]
+    for name in ("merged_16bit/model.safetensors", "lora/adapter_model.safetensors"):
+        assert files[0][name]["sha256"] == files[1][name]["sha256"]
+    rescued = rescue(sharded, store, "rescued", 1)
+    plain = load_file(tmp_path / "out" / "plain" / "lora" / "adapter_model.safetensors")
+    assert same(load_file(rescued / "adapter_model.safetensors"), plain)
+    with pytest.raises(TypeError, match="kept in parts"):
+        Hidden(torch.ones(2), torch.Size([2]), Unit(nullcontext), lambda: None, 0).add(1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are Linux's")
