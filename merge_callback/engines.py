@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
@@ -22,8 +23,15 @@ from merge_callback.sharding import Hidden, Unit
 M = TypeVar("M", bound=nn.Module)
 
 
+def can_be_here() -> bool:
+    """Whether any engine can have been at work: all of them talk through torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def keeps_parts(model: nn.Module) -> bool:
     """Whether FSDP1 or DeepSpeed ZeRO-3 keeps the model in parts."""
+    if not can_be_here():
+        return False
     flat = bool(FSDP1.fsdp_modules(model))
     return flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
@@ -62,6 +70,9 @@ class WholeView:
         self._renamed = [(m, type(m)) for m in model.modules() if class_of(m) is not type(m)]
         self._hidden: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._covered: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] | None = None
+        self.of_an_engine = False
+        if not can_be_here():
+            return
         units = FSDP1.fsdp_modules(model)
         held = {parameter for unit in units for parameter in unit.parameters()}
         if any(getattr(p, "_fsdp_flattened", False) for p in {*model.parameters()} - held):

@@ -20,12 +20,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from merge_callback.adapters import Update, kinds
-from merge_callback.codecs import Stored
+from merge_callback.adapters import ALL, Update, kinds
+from merge_callback.codecs import Stored, row_parts
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, PlainWeight
-from merge_callback.engines import keeps_parts
+from merge_callback.engines import can_be_here, keeps_parts
 from merge_callback.errors import MergeRefused
 from merge_callback.sharding import is_sharded, unit_of, whole
 
@@ -67,9 +67,24 @@ class Weight:
 
     def merged(self, base: Tensor) -> Tensor:
         """The decoded base plus the changes of all active adapters; a float32 tensor of its own."""
+        return self._merged(base, ALL)
+
+    def in_parts(self, device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+        """Base and merged weight, rows by rows (`row_parts`), as often as it is iterated.
+
+        Where an update wants the whole weight both are held, and computed once.
+        """
+        rows = list(row_parts(self.stored.shape, device))
+        if any(update.whole for update in self.updates):
+            base = self.decoded(device)
+            merged = self.merged(base)
+            return [(base[part], merged[part]) for part in rows]
+        return _Parts(self, rows, self.source.rows(device))
+
+    def _merged(self, base: Tensor, rows: slice) -> Tensor:
         merged = base.to(torch.float32, copy=True)
         for update in self.updates:
-            update.add_to(merged, base)
+            update.add_to(merged, base, rows)
         return merged
 
     @property
@@ -78,6 +93,20 @@ class Weight:
         if self.replaced:
             return (self.decoded(),)
         return tuple(tensor for update in self.updates for tensor in update.tensors())
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The rows of a weight, decoded and merged as they are asked for."""
+
+    weight: Weight
+    rows: list[slice]
+    decode: Callable[[slice], Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in self.rows:
+            base = self.decode(part)
+            yield base, self.weight._merged(base, part)
 
 
 def read_weights(base: PreTrainedModel) -> dict[str, Weight]:
@@ -225,6 +254,8 @@ def _offloading_hook(module: Any, name: str) -> Any:
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether processes hold a part of some weight each."""
+    if not can_be_here():
+        return False
     return keeps_parts(model) or any(is_sharded(tensor) for tensor in model.parameters())
 
 

@@ -7,7 +7,7 @@ network, and each weight is checked to be the one that was quantised. Knows noth
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,9 @@ class OriginalWeight:
         if tuple(tensor.shape) != self.shape or not self.quantised.came_from(tensor):
             raise MergeError(f"{self.name} in {self.file} is not what was quantised; {_CURE}")
         return tensor
+
+    def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
+        return self.decode(device).__getitem__
 
 
 def find_originals(

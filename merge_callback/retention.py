@@ -10,7 +10,6 @@ are added up. It looks along D alone: rounding noise at right angles to it does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +32,10 @@ class Retention:
         return self.kept / self.trained if self.trained > 0 else None
 
 
-def retention(runs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Retention:
-    """Compare matching flat runs of (base, merged, written), any float dtype."""
-    total = Retention()
-    for base, merged, written in runs:
-        start = base.float()
-        delta = merged.float() - start
-        arrived = written.float() - start
-        kept, trained = torch.dot(arrived, delta), torch.dot(delta, delta)
-        total += Retention(float(kept), float(trained))
-    return total
+def retention(base: Tensor, merged: Tensor, written: Tensor) -> Retention:
+    """Compare three tensors of one shape, of any float dtype."""
+    start = base.float().reshape(-1)
+    delta = merged.float().reshape(-1) - start
+    arrived = written.float().reshape(-1) - start
+    kept, trained = torch.dot(arrived, delta), torch.dot(delta, delta)
+    return Retention(float(kept), float(trained))

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from merge_callback.codecs import runs
-from merge_callback.errors import MergeError
-from merge_callback.host_memory import return_freed_memory
+from merge_callback.cores import one_core_each
+from merge_callback.host_memory import keep_small_blocks, return_freed_memory
 from merge_callback.live import Weight
+from merge_callback.merging import Merging, check_finite
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Group, Plan
 from merge_callback.retention import Retention, retention
 from merge_callback.shards import CheckpointWriter
 from merge_callback.store import Draft
 
+_THREADS = 2  # that make weights: each more would hold one more
 _FREED = 1 << 28  # bytes of float32 weights between two times that memory is given back
+
+# weight -> what each method writes of it, and how much of the adapter is in that
+_Encoded: TypeAlias = dict[str, list[tuple[str, dict[str, Tensor], Retention]]]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ def write_weights(
     kept: dict[str, dict[str, Retention]] = {method: {} for method in plan.containers}
     for place in places.values():
         place.mkdir(exist_ok=True)
+    keep_small_blocks()
     with ExitStack() as stack:
         writers = {
             method: stack.enter_context(
@@ -47,8 +54,10 @@ def write_weights(
         total = sum(len(group.weights) for group in plan.groups)
         with tqdm(total=total, desc="merge", unit="tensor", disable=not options.progress) as bar:
             freed = 0
-            for group in plan.groups:
-                _write_group(plan, group, writers, kept, bar)
+            for group, encoded in _encoded(plan):
+                _write_group(plan, group, encoded, writers, kept)
+                bar.set_postfix_str(group.weights[-1].key, refresh=False)
+                bar.update(len(group.weights))
                 freed += sum(4 * prod(weight.stored.shape) for weight in group.weights)
                 if freed > _FREED:
                     return_freed_memory()
@@ -59,23 +68,54 @@ def write_weights(
     return kept
 
 
+def _encoded(plan: Plan) -> Iterator[tuple[Group, _Encoded]]:
+    """All groups in order; on the CPU two weights are made at a time, and one written."""
+    if not _worth_threads(plan):
+        for group in plan.groups:
+            yield group, _encode_group(plan, group)
+        return
+    with one_core_each(_THREADS) as threads:
+        ahead: deque[tuple[Group, Future[_Encoded]]] = deque()
+        for group in plan.groups:
+            ahead.append((group, threads.submit(_encode_group, plan, group)))
+            if len(ahead) > _THREADS:
+                first, encoding = ahead.popleft()
+                yield first, encoding.result()
+        for group, encoding in ahead:
+            yield group, encoding.result()
+
+
+def _worth_threads(plan: Plan) -> bool:
+    """Whether several weights can be made at a time, each in little memory, on cores of their own.
+
+    The weights of a sharded model have to be gathered in one order.
+    """
+    weights = plan.weights.values()
+    on_cpu = all(weight.stored.device.type == "cpu" for weight in weights)
+    whole = any(update.whole for weight in weights for update in weight.updates)
+    return on_cpu and not whole and not plan.sharded and torch.get_num_threads() >= _THREADS
+
+
+@torch.no_grad()
+def _encode_group(plan: Plan, group: Group) -> _Encoded:
+    return {weight.key: list(_encode(plan, plan.whole(weight))) for weight in group.weights}
+
+
 def _write_group(
     plan: Plan,
     group: Group,
+    encoded: _Encoded,
     writers: Mapping[str, CheckpointWriter],
     kept: Mapping[str, dict[str, Retention]],
-    bar: Any,
 ) -> None:
-    encoded: dict[str, dict[str, Tensor]] = {method: {} for method in writers}
+    tensors: dict[str, dict[str, Tensor]] = {method: {} for method in writers}
     for weight in group.weights:
-        bar.set_postfix_str(weight.key, refresh=False)
-        for method, tensors, arrived in _encode(plan, plan.whole(weight)):
-            encoded[method] |= tensors
+        for method, found, arrived in encoded.pop(weight.key):
+            tensors[method] |= found
             if weight.updates:
                 kept[method][weight.key] = arrived
-        bar.update()
     for method, writer in writers.items():
-        reverted = plan.names.revert(encoded.pop(method))
+        reverted = plan.names.revert(tensors.pop(method))
         for name in group.specs[method]:
             writer.write(name, reverted.pop(name))
 
@@ -100,26 +140,14 @@ def _encode_on(
             container = containers[weight.key]
             if weight.replaced or container.dtype != weight.stored.dtype:
                 limit = torch.finfo(container.dtype).max
-                _check_finite(weight, weight.decoded(device), limit)
+                check_finite(weight, weight.decoded(device), limit)
             yield method, container.copy(weight.key, weight.source, device), Retention()
         return
-    base = weight.decoded(device)
-    merged = weight.merged(base)
-    largest = min(torch.finfo(c[weight.key].dtype).max for c in plan.containers.values())
-    _check_finite(weight, merged, largest)
-    for method, containers in plan.containers.items():
-        container = containers[weight.key]
-        tensors = container.encode(weight.key, merged)
-        written = container.values(weight.key, tensors, merged.numel())
-        triples = ((b, m, w) for (b, m), w in zip(runs(base, merged), written, strict=True))
-        yield method, tensors, retention(triples)
-
-
-def _check_finite(weight: Weight, merged: Tensor, largest: float) -> None:
-    low, high = (float(end) for end in torch.aminmax(merged))
-    if not (abs(low) <= largest and abs(high) <= largest):  # false for NaN
-        raise MergeError(
-            f"{weight.key}: the merged weight is not finite, or too large for the output dtype "
-            f"(from {low:g} to {high:g}, {largest:g} fits); if the training diverged, export an "
-            "earlier checkpoint; if it did not, use dtype='bfloat16'"
-        )
+    containers = {method: by_key[weight.key] for method, by_key in plan.containers.items()}
+    merging = Merging(weight, containers, device)
+    arrived = dict.fromkeys(containers, Retention())
+    for base, merged, written in merging:
+        for method, values in written.items():
+            arrived[method] += retention(base, merged, values)
+    for method in containers:
+        yield method, merging.tensors(method), arrived[method]

@@ -394,7 +394,7 @@ def test_a_rescue_that_fails_too_says_so(tmp_path, monkeypatch):
 def test_memory_that_runs_out_does_not_restart_training(tmp_path, monkeypatch):
     from merge_callback.adapters.lora import LowRank
 
-    def exhausted(self, merged, base):
+    def exhausted(self, merged, base, rows):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(LowRank, "add_to", exhausted)
@@ -408,7 +408,7 @@ def test_memory_that_runs_out_does_not_restart_training(tmp_path, monkeypatch):
 def test_an_interrupt_during_a_merge_leaves_no_draft(tmp_path, monkeypatch):
     from merge_callback.adapters.lora import LowRank
 
-    def interrupted(self, merged, base):
+    def interrupted(self, merged, base, rows):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LowRank, "add_to", interrupted)

@@ -4,6 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from merge_callback.codecs import encode
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.plain import Plain, PlainWeight
 from merge_callback.rounding.grid import RUN, Grid
@@ -29,7 +30,7 @@ def load(encoded, name="w"):
 def test_encoding_is_that_of_bitsandbytes(shape, blocksize, nested, quant_type):
     weight = torch.randn(shape)
     codec = container(quant_type, nested, blocksize)
-    encoded = codec.encode("w", weight)
+    encoded = encode(codec, "w", weight)
     codes, state = bnb.quantize_4bit(
         weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
     )
@@ -50,7 +51,7 @@ def test_encoding_is_that_of_bitsandbytes(shape, blocksize, nested, quant_type):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_what_a_loader_decodes(shape, nested):
     codec = container(nested=nested, dtype=torch.float32)
-    encoded = codec.encode("w", torch.randn(shape))
+    encoded = encode(codec, "w", torch.randn(shape))
     values = torch.cat(list(codec.values("w", encoded, torch.Size(shape).numel())))
     packed, state = load(encoded)
     assert torch.equal(values, bnb.dequantize_4bit(packed, state).reshape(-1))
@@ -62,7 +63,7 @@ def test_large_weights_are_handled_in_runs_that_change_nothing():
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4")
     assert torch.equal(packed, codes) and torch.equal(scales, state.absmax)
     codec = container(nested=False, dtype=torch.float32)
-    runs = list(codec.values("w", codec.encode("w", weight), weight.numel()))
+    runs = list(codec.values("w", encode(codec, "w", weight), weight.numel()))
     assert [len(run) for run in runs] == [RUN, weight.numel() - RUN]
     assert torch.equal(torch.cat(runs), bnb.dequantize_4bit(codes, state).reshape(-1))
 
@@ -70,7 +71,7 @@ def test_large_weights_are_handled_in_runs_that_change_nothing():
 def test_the_longest_offset_has_room():
     codec = container()
     weight = torch.full((64, 64), -1.1754943508222875e-38)  # no float32 has a longer decimal
-    packed, state = load(codec.encode("w", weight))
+    packed, state = load(encode(codec, "w", weight))
     assert packed.shape == (2048, 1)
     assert state.offset == 1.1754943508222875e-38
 

@@ -11,16 +11,24 @@ from typing import Protocol
 
 from torch import Tensor
 
+ALL = slice(None)
+
 
 class Update(Protocol):
     """The change that one adapter makes to one weight."""
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
+    @property
+    def whole(self) -> bool:
+        """Whether it can be made to all rows of the weight at once alone."""
+        ...
+
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         """Add the change to `merged`, in place.
 
         Args:
             merged: float32; the base plus the changes of the adapters before this one.
             base: the weight that the adapter was trained on, any float dtype; not written to.
+            rows: which rows of the weight these two are; ALL where `whole`.
         """
         ...
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merge_callback.adapters import ALL
 from merge_callback.adapters.detached import detached, is_linear, units, width
 
 _AT_ONCE = 1 << 24  # values of a product
@@ -27,8 +28,9 @@ class AffineWeight:
     """The change of all active adapters of a linear or embedding layer to its weight."""
 
     layer: Any
+    whole = True
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         alone = detached(self.layer, base.float()).to(base.device)
         inner = alone.get_base_layer()
         if isinstance(inner, nn.Embedding):
@@ -56,8 +58,9 @@ class AffineBias:
 
     layer: Any
     weight: Callable[[], Tensor]  # decodes the layer's weight
+    whole = True
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         alone = detached(self.layer, self.weight().float()).to(base.device)
         inner = alone.get_base_layer()
         zero = torch.zeros(1, width(inner), device=base.device)
@@ -74,8 +77,9 @@ class MergedByPeft:
     layer: Any
     parameter: str
     weight: Callable[[], Tensor]  # decodes the layer's weight
+    whole = True
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         weight = self.weight().to(torch.float32, copy=True)
         alone = detached(self.layer, weight).to(base.device)
         alone.merge()

@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from merge_callback.adapters import Update
+from merge_callback.adapters import ALL, Update
 
 _ROW_VALUES = 1 << 21  # values of a DoRA temporary
 
@@ -35,11 +35,15 @@ class LowRank:
     b: Tensor  # (out, r)
     scaling: float
     transposed: bool = False
+    whole = False
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
-        a, b = _float32(self.a, merged), _float32(self.b, merged)
-        view = merged.t() if self.transposed else merged
-        view.addmm_(b, a, alpha=self.scaling)  # (out, r) @ (r, in)
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
+        if self.transposed:
+            a, b = _float32(self.a[:, rows], merged), _float32(self.b, merged)
+            merged.t().addmm_(b, a, alpha=self.scaling)
+        else:
+            a, b = _float32(self.a, merged), _float32(self.b[rows], merged)
+            merged.addmm_(b, a, alpha=self.scaling)  # (out, r) @ (r, in)
 
     def tensors(self) -> Iterable[Tensor]:
         return (self.a, self.b, torch.tensor(self.scaling))
@@ -55,14 +59,18 @@ class Dora:
     low_rank: LowRank
     magnitude: Tensor  # (out,)
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
-        a, b = _float32(self.low_rank.a, merged), _float32(self.low_rank.b, merged)
-        magnitude = _float32(self.magnitude, merged).reshape(-1, 1)
+    @property
+    def whole(self) -> bool:
+        return self.low_rank.transposed  # its norms are of what is stored as columns
+
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
+        a, b = _float32(self.low_rank.a, merged), _float32(self.low_rank.b[rows], merged)
+        magnitude = _float32(self.magnitude.reshape(-1, 1)[rows], merged)
         if self.low_rank.transposed:
             merged, base = merged.t(), base.t()
-        rows = max(1, _ROW_VALUES // base.shape[1])
-        for start in range(0, base.shape[0], rows):
-            part = slice(start, start + rows)
+        step = max(1, _ROW_VALUES // base.shape[1])
+        for start in range(0, base.shape[0], step):
+            part = slice(start, start + step)
             change = self.low_rank.scaling * (b[part] @ a)
             length = torch.linalg.norm(base[part].float() + change, dim=1, keepdim=True)
             merged[part] = (merged[part] + change) * (magnitude[part] / length)
@@ -78,16 +86,20 @@ class Experts:
     layer: ParamWrapper
     name: str
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
+    @property
+    def whole(self) -> bool:
+        return bool(self.layer.get_param().dim() == 2)
+
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         exact: Any = copy.copy(self.layer)  # PEFT casts the factors to the parameter's dtype
         exact.get_param = lambda: torch.empty(0)
         lhs, rhs, scaling = exact.get_delta_factors(self.name)
         if merged.dim() == 2:  # (out, in): those factors are of the transpose
             lhs, rhs = rhs.transpose(1, 2), lhs.transpose(1, 2)
-        rows = merged if merged.dim() == 3 else merged[None]
-        for index in range(len(rows)):  # an expert at a time
-            a, b = _float32(lhs[index].detach(), merged), _float32(rhs[index].detach(), merged)
-            rows[index].addmm_(a, b, alpha=scaling)
+        experts = merged if merged.dim() == 3 else merged[None]
+        factors = zip(lhs[rows].detach(), rhs[rows].detach(), strict=True)
+        for expert, (a, b) in zip(experts, factors, strict=True):
+            expert.addmm_(_float32(a, merged), _float32(b, merged), alpha=scaling)
 
     def tensors(self) -> Iterable[Tensor]:
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight

@@ -9,6 +9,8 @@ import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 
+from merge_callback.adapters import ALL
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -16,10 +18,13 @@ class Rows:
 
     indices: tuple[int, ...]
     values: Tensor  # (len(indices), dim)
+    whole = False
 
-    def add_to(self, merged: Tensor, base: Tensor) -> None:
-        index = torch.tensor(self.indices, device=merged.device)
-        merged.index_copy_(0, index, self.values.to(merged))
+    def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
+        start = rows.start or 0
+        index = torch.tensor(self.indices, device=merged.device) - start
+        here = (index >= 0) & (index < len(merged))
+        merged.index_copy_(0, index[here], self.values.to(merged)[here])
 
     def tensors(self) -> Iterable[Tensor]:
         return (self.values, torch.tensor(self.indices))

@@ -36,7 +36,6 @@ from merge_callback.plan import Plan
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import Grid, Rounded
-from merge_callback.rounding.nearest import nearest
 from merge_callback.stand_ins import computing_dtype
 
 _CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal, and at least
@@ -183,8 +182,8 @@ class _Walk:
         """The grid to begin with: the base's own, or that of nearest rounding."""
         grid = self._plan.grid(weight)
         if weight.on_a_grid and isinstance(weight.stored, Bnb4Weight):
-            return grid, grid.widen(weight.stored.scales(wanted.device), wanted)
-        return grid, grid.stored(nearest(wanted, grid).scales)
+            return grid, grid.widen(weight.stored.scales(wanted.device), grid.largest(wanted))
+        return grid, grid.stored(grid.largest(wanted))
 
     def _decode(self, weight: Weight, rounded: Rounded) -> Tensor:
         grid, shape = self._plan.grid(weight), weight.stored.shape

@@ -6,7 +6,7 @@ bitsandbytes' `QuantState.as_dict`. Knows nothing of adapters, models or files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from merge_callback.codecs import Stored, TensorSpec
+from merge_callback.codecs import Encoder, Stored, TensorSpec, encode
 from merge_callback.rounding.grid import NESTED_BLOCKSIZE, RUN, Grid, Rounded
-from merge_callback.rounding.nearest import nearest
-from merge_callback.rounding.stochastic import stochastic
+from merge_callback.rounding.nearest import Nearest, nearest
+from merge_callback.rounding.stochastic import Stochastic
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -85,6 +85,20 @@ class Bnb4Weight:
         weight: Tensor = bnb.dequantize_4bit(packed, state)
         return weight
 
+    def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
+        packed, state = _on(device, self.packed.detach(), self.state)
+        flat, scales = packed.view(torch.uint8).reshape(-1, 1), _scales(state)
+        row, size = prod(self.shape[1:]), self.state.blocksize
+
+        def decode(part: slice) -> Tensor:
+            start, end = part.start * row, part.stop * row
+            codes = flat[start // 2 : -(-end // 2)]
+            stored = scales[start // size : -(-end // size)]
+            values = self.grid.decode(codes, stored, end - start, self.dtype)
+            return values.view(-1, *self.shape[1:])
+
+        return decode
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bnb4:
@@ -93,8 +107,8 @@ class Bnb4:
     Attributes:
         grid: its format.
         dtype: of what a loader decodes.
-        base: the weight on whose scales `encode` rounds by chance; None: it rounds to nearest.
-        rounded: what `encode` writes, whatever it is given; None: it rounds.
+        base: the weight on whose scales it rounds by chance; None: it rounds to nearest.
+        rounded: what it writes, whatever it is given; None: it rounds.
     """
 
     grid: Grid
@@ -122,13 +136,12 @@ class Bnb4:
         specs[self._settings_name(name)] = TensorSpec((len(text) + -used % 8,), torch.uint8)
         return specs
 
-    def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        packed, scales = self.rounded or self._round(weight)
-        return self._tensors(name, packed, self._state(weight.shape, scales))
+    def encoder(self, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
+        return _Encoder(self, name, shape)
 
     def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
         if not isinstance(stored, Bnb4Weight):
-            return self.encode(name, stored.decode(device).float())
+            return encode(self, name, stored.decode(device).float())
         packed = stored.packed.detach().view(torch.uint8).reshape(-1, 1)
         return self._tensors(name, packed, stored.state)
 
@@ -140,12 +153,17 @@ class Bnb4:
             stored = scales[first : first + -(-length // self.grid.blocksize)]
             yield self.grid.decode(packed, stored, length, torch.float32)
 
-    def _round(self, weight: Tensor) -> Rounded:
+    def rounding(self, largest: Tensor, numel: int) -> Nearest | Stochastic:
+        """How codes are chosen for a weight whose blocks have these largest magnitudes."""
         if self.base is None:
-            return nearest(weight, self.grid)
-        return stochastic(weight, self.grid, self.base.scales(weight.device))
+            return Nearest(self.grid, largest, numel)
+        return Stochastic(self.grid, self.base.scales(largest.device), largest)
 
-    def _state(self, shape: torch.Size, scales: Tensor) -> QuantState:
+    def encoded(self, name: str, shape: tuple[int, ...], rounded: Rounded) -> dict[str, Tensor]:
+        """The tensors of a weight of which codes and scales have been chosen."""
+        return self._tensors(name, rounded.packed, self._state(shape, rounded.scales))
+
+    def _state(self, shape: tuple[int, ...], scales: Tensor) -> QuantState:
         state: dict[str, Any] = {"absmax": scales}
         if self.grid.nested:
             codes, nested, offset = self.grid.nest(scales)
@@ -185,6 +203,55 @@ class Bnb4:
         text = _settings_text(state).ljust(room)  # JSON may end in blanks
         parts[settings] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return {name: packed, **parts}
+
+
+class _Encoder:
+    """Rounds rows that are whole blocks, as `row_parts` cuts them."""
+
+    def __init__(self, container: Bnb4, name: str, shape: tuple[int, ...]):
+        self._container = container
+        self._name = name
+        self._shape = shape
+        self._largest: list[Tensor] = []
+        self._packed: list[Tensor] = []
+        self._rounding: Nearest | Stochastic | None = None
+        self._stored: Tensor | None = None
+        self._done = 0  # values
+        if container.rounded is not None:
+            self._stored = container.grid.stored(container.rounded.scales)
+
+    @property
+    def surveys(self) -> bool:
+        return self._container.rounded is None
+
+    def survey(self, part: Tensor) -> None:
+        self._largest.append(self._container.grid.largest(part))
+
+    def add(self, part: Tensor) -> Tensor:
+        if self._stored is None:
+            self._rounding = self._container.rounding(torch.cat(self._largest), prod(self._shape))
+            self._stored = self._rounding.stored
+        grid, count = self._container.grid, part.numel()
+        first = self._done // grid.blocksize
+        packed = self._pack(part.reshape(-1), first)
+        stored = self._stored[first : first + -(-count // grid.blocksize)]
+        self._done += count
+        return grid.decode(packed, stored, count, torch.float32).view(part.shape)
+
+    def _pack(self, run: Tensor, first: int) -> Tensor:
+        if self._rounding is None:
+            assert self._container.rounded is not None
+            start, end = self._done, self._done + len(run)
+            return self._container.rounded.packed[start // 2 : -(-end // 2)]
+        self._packed.append(self._rounding.pack(run, first))
+        return self._packed[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        rounded = self._container.rounded
+        if self._rounding is not None:
+            rounded = Rounded(torch.cat(self._packed), self._rounding.scales)
+        assert rounded is not None
+        return self._container.encoded(self._name, self._shape, rounded)
 
 
 def _settings_text(state: QuantState) -> bytes:

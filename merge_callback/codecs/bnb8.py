@@ -6,6 +6,7 @@ Source: Dettmers et al. 2022, section 3. Knows nothing of adapters, models or fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,3 +43,6 @@ class Bnb8Weight:
         codes, scales = self.codes.detach().to(device), self.scales.detach().to(device)
         weight: Tensor = bnb.int8_vectorwise_dequant(codes, scales)  # float32
         return weight
+
+    def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
+        return lambda part: Bnb8Weight(self.codes[part], self.scales[part]).decode(device)

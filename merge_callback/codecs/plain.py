@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_callback.codecs import Stored, TensorSpec, runs
+from merge_callback.codecs import Encoder, Stored, TensorSpec, runs
 from merge_callback.sharding import whole
 
 
@@ -32,14 +32,17 @@ class _Held:
     def device(self) -> torch.device:
         return torch.device(self.tensor.device)
 
+    def decode(self, device: torch.device) -> Tensor:
+        tensor: Tensor = self.tensor.detach().to(device)
+        return tensor
+
+    def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
+        return self.decode(device).__getitem__
+
 
 @dataclass(frozen=True)
 class PlainWeight(_Held):
     """A parameter or buffer that is no more than its tensor."""
-
-    def decode(self, device: torch.device) -> Tensor:
-        tensor: Tensor = self.tensor.detach().to(device)
-        return tensor
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether all values survive a cast to `dtype`, as those of an up-cast weight do."""
@@ -68,6 +71,9 @@ class OffloadedWeight:
     def decode(self, device: torch.device) -> Tensor:
         return self.load().detach().to(device, self.dtype)
 
+    def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
+        return self.decode(device).__getitem__
+
     def fits(self, dtype: torch.dtype) -> bool:
         return False
 
@@ -95,13 +101,38 @@ class Plain:
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {name: TensorSpec(shape[::-1] if self.transposed else shape, self.dtype)}
 
-    def encode(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        return {name: (weight.t() if self.transposed else weight).to(self.dtype).contiguous()}
+    def encoder(self, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
+        (spec,) = self.specs(name, shape).values()
+        return _Encoder(name, torch.empty(spec.shape, dtype=spec.dtype, device=device), self)
 
     def copy(self, name: str, stored: Stored, device: torch.device) -> dict[str, Tensor]:
-        return self.encode(name, stored.decode(device))
+        weight = stored.decode(device)
+        return {name: (weight.t() if self.transposed else weight).to(self.dtype).contiguous()}
 
     def values(self, name: str, encoded: Mapping[str, Tensor], numel: int) -> Iterator[Tensor]:
         weight = encoded[name].t() if self.transposed else encoded[name]
         for (run,) in runs(weight):
             yield run.float()
+
+
+class _Encoder:
+    """Casts rows into their places."""
+
+    surveys = False
+
+    def __init__(self, name: str, out: Tensor, container: Plain):
+        self._name = name
+        self._out = out
+        self._rows = out.t() if container.transposed else out
+        self._done = 0
+
+    def survey(self, part: Tensor) -> None:
+        """There is nothing to learn of them."""
+
+    def add(self, part: Tensor) -> Tensor:
+        place = self._rows[self._done : self._done + len(part)]
+        self._done += len(part)
+        return place.copy_(part)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {self._name: self._out}

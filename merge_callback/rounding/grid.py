@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Values handled at once, a multiple of every blocksize: temporaries stay at a few MiB.
 RUN = 1 << 18
+LARGEST_BLOCK = 4096
 _OUTGROWN = 1.1
 NESTED_BLOCKSIZE = 256  # what bitsandbytes always uses
 
@@ -84,18 +85,26 @@ class Grid:
         stored: Tensor = bnb.dequantize_blockwise(codes, nested) + offset
         return stored
 
-    def widen(self, scales: Tensor, weight: Tensor) -> Tensor:
+    def blocks(self, run: Tensor) -> Tensor:
+        """A run of values cut into blocks, (blocks, blocksize); the last one is filled with 0."""
+        flat = run.reshape(-1)
+        padding = -len(flat) % self.blocksize
+        return torch.nn.functional.pad(flat, (0, padding)).view(-1, self.blocksize)
+
+    def largest(self, run: Tensor) -> Tensor:
+        """The largest magnitude of each block."""
+        return self.blocks(run).abs().amax(1)
+
+    def widen(self, scales: Tensor, largest: Tensor) -> Tensor:
         """`scales`, but a block's largest magnitude where that has outgrown its scale."""
-        flat = weight.reshape(-1)
-        padded = torch.nn.functional.pad(flat, (0, -len(flat) % self.blocksize))
-        low, high = padded.view(-1, self.blocksize).aminmax(dim=1)
-        largest = torch.maximum(high, -low)
         return torch.where(largest > _OUTGROWN * scales.abs(), largest, scales)
 
     def decode(self, packed: Tensor, stored: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
         """The flat values of packed codes under the scales that a loader has, cast to `dtype`."""
         import bitsandbytes.functional as bnb
 
+        if packed.device.type == "cpu" and dtype != torch.float32:  # its own casts are slow there
+            return self.decode(packed, stored, numel, torch.float32).to(dtype)
         state = bnb.QuantState(
             absmax=stored.contiguous(),
             shape=torch.Size((numel,)),

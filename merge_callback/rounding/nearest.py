@@ -18,46 +18,59 @@ from merge_callback.rounding.grid import RUN, Codes, Grid, Rounded
 _SMALLEST = 1e-38  # scale, as bitsandbytes has it
 
 
-def nearest(weight: Tensor, grid: Grid) -> Rounded:
-    """Quantise a run of blocks at a time: with bitsandbytes' own kernel, but on the CPU.
+class Nearest:
+    """Codes equal to those of `bitsandbytes.functional.quantize_4bit`, bit for bit: by its own
+    kernel, but on the CPU.
 
     Args:
-        weight: any shape, float32.
-        grid: the format; the scales do not depend on its offset.
+        grid: the format; codes do not depend on its offset.
+        largest: the largest magnitude of each block of the weight.
+        numel: values of the weight.
 
-    Returns:
-        Codes and scales, both equal to those of `bitsandbytes.functional.quantize_4bit(weight)` bit
-        for bit. Streams: temporaries of a few MiB.
+    Attributes:
+        scales: float32, one a block, before double quantisation.
+        stored: the scales that a loader has.
     """
-    import bitsandbytes.functional as bnb
 
-    if weight.device.type == "cpu":
-        return _nearest_on_cpu(weight, grid)
-    packed, scales = [], []
-    for run in torch.split(weight.reshape(-1), RUN):
-        codes, state = bnb.quantize_4bit(
-            run, blocksize=grid.blocksize, quant_type=grid.quant_type, compress_statistics=False
-        )
-        packed.append(codes)
-        scales.append(state.absmax)
-    return Rounded(torch.cat(packed), torch.cat(scales))
+    def __init__(self, grid: Grid, largest: Tensor, numel: int):
+        self._grid = grid
+        self.scales = largest
+        if numel % grid.blocksize and largest.device.type == "cpu":  # there alone it does so
+            self.scales = torch.cat([largest[:-1], largest[-1:].clamp(min=_SMALLEST)])
+        self.stored = grid.stored(self.scales)
+        self._codes = Codes(grid, largest.device) if largest.device.type == "cpu" else None
 
+    def pack(self, run: Tensor, first: int) -> Tensor:
+        """The packed codes of a flat run, float32, whose first block is number `first`."""
+        import bitsandbytes.functional as bnb
 
-def _nearest_on_cpu(weight: Tensor, grid: Grid) -> Rounded:
-    """Operation for operation what bitsandbytes does there, but for the search for the code."""
-    codes = Codes(grid, weight.device)
-    packed, scales = [], []
-    for run in torch.split(weight.reshape(-1), RUN):
-        full = len(run) - len(run) % grid.blocksize
-        blocks = run[:full].view(-1, grid.blocksize)
-        largest = blocks.abs().amax(1)
-        ratios = (blocks * (1.0 / largest.clamp(min=_SMALLEST))[:, None]).flatten()
+        if self._codes is not None:
+            return self._pack_on_cpu(run, first, self._codes)
+        packed: Tensor = bnb.quantize_4bit(
+            run,
+            blocksize=self._grid.blocksize,
+            quant_type=self._grid.quant_type,
+            compress_statistics=False,
+        )[0]
+        return packed
+
+    def _pack_on_cpu(self, run: Tensor, first: int, codes: Codes) -> Tensor:
+        """Operation for operation what bitsandbytes does there, but for the search for the code."""
+        full = len(run) - len(run) % self._grid.blocksize
+        blocks = run[:full].view(-1, self._grid.blocksize)
+        largest = self.scales[first : first + len(blocks)].clamp(min=_SMALLEST)
+        ratios = (blocks * (1.0 / largest)[:, None]).flatten()
         if full < len(run):
-            last = run[full:].abs().max().clamp(min=_SMALLEST)
-            ratios = torch.cat([ratios, run[full:] / last])
-            largest = torch.cat([largest, last[None]])
+            ratios = torch.cat([ratios, run[full:] / self.scales[-1]])
         if len(ratios) % 2:  # the half byte that is left holds a zero
             ratios = torch.cat([ratios, ratios.new_zeros(1)])
-        packed.append(codes.pack(codes.nearest(ratios)))
-        scales.append(largest)
-    return Rounded(torch.cat(packed), torch.cat(scales))
+        return codes.pack(codes.nearest(ratios))
+
+
+def nearest(weight: Tensor, grid: Grid) -> Rounded:
+    """Quantise a whole weight, of any shape, float32. Streams: temporaries of a few MiB."""
+    rounding = Nearest(grid, grid.largest(weight), weight.numel())
+    runs = torch.split(weight.reshape(-1), RUN)
+    blocks = RUN // grid.blocksize
+    packed = [rounding.pack(run, index * blocks) for index, run in enumerate(runs)]
+    return Rounded(torch.cat(packed), rounding.scales)

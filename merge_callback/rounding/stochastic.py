@@ -15,42 +15,53 @@ from torch import Tensor
 from merge_callback.rounding.grid import RUN, Codes, Grid, Rounded
 
 
-def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
-    """Round each value to one of its two neighbours on a given grid.
+class Stochastic:
+    """Rounds each value to one of its two neighbours on a given grid.
+
+    The same for the same input, whatever the state of torch's generators.
 
     Args:
-        weight: any shape, float32.
         grid: the format.
         scales: float32, one a block, as a loader would have them. Where the weight has outgrown
             them wider ones are taken, and rounding is to nearest: there the base lies on no grid.
+        largest: the largest magnitude of each block of the weight.
 
-    Returns:
-        Codes for the scales that double quantisation makes of these. The same for the same
-        input, whatever the state of torch's generators. Streams: temporaries of a few MiB.
+    Attributes:
+        scales: float32, one a block, before double quantisation.
+        stored: the scales that a loader has, which the codes are chosen for.
     """
-    codes = Codes(grid, weight.device)
-    wider = grid.widen(scales, weight)
-    chances = wider == scales
-    scales = wider
-    stored = grid.stored(scales)
-    # A seed of its own for each weight: with one for all, their errors would add up.
-    seed = int(scales.view(torch.int32).sum(dtype=torch.int64)) & 0xFFFFFFFF
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    divisors = torch.where(stored != 0, stored, 1)  # a block of scale 0 holds zeros alone
-    lower = codes.values.roll(1)
-    gaps = codes.values - lower
-    packed = []
-    for start, run in enumerate(torch.split(weight.reshape(-1), RUN)):
-        padded = torch.nn.functional.pad(run, (0, -len(run) % grid.blocksize))
-        blocks = padded.view(-1, grid.blocksize)
-        first = start * RUN // grid.blocksize
+
+    def __init__(self, grid: Grid, scales: Tensor, largest: Tensor):
+        self._grid = grid
+        self._codes = Codes(grid, largest.device)
+        self.scales = grid.widen(scales, largest)
+        self.stored = grid.stored(self.scales)
+        self._by_chance = self.scales == scales
+        self._divisors = torch.where(self.stored != 0, self.stored, 1)  # scale 0: zeros alone
+        # A seed of its own for each weight: with one for all, their errors would add up.
+        seed = int(self.scales.view(torch.int32).sum(dtype=torch.int64)) & 0xFFFFFFFF
+        self._generator = torch.Generator(largest.device).manual_seed(seed)
+        self._lower = self._codes.values.roll(1)
+        self._gaps = self._codes.values - self._lower
+
+    def pack(self, run: Tensor, first: int) -> Tensor:
+        """The packed codes of the next flat run, float32, whose first block is number `first`."""
+        blocks = self._grid.blocks(run)
         here = slice(first, first + len(blocks))
-        ratios = (blocks / divisors[here, None]).clamp_(-1, 1)
-        above = codes.above(ratios).clamp_(1, 15)
+        ratios = (blocks / self._divisors[here, None]).clamp_(-1, 1)
+        above = self._codes.above(ratios).clamp_(1, 15)
         places = above.flatten()
-        low, gap = (table.index_select(0, places).view_as(ratios) for table in (lower, gaps))
-        random = torch.rand(blocks.shape, generator=generator, device=run.device)
-        threshold = torch.where(chances[here, None], random, 0.5)
+        low, gap = (t.index_select(0, places).view_as(ratios) for t in (self._lower, self._gaps))
+        random = torch.rand(blocks.shape, generator=self._generator, device=run.device)
+        threshold = torch.where(self._by_chance[here, None], random, 0.5)
         below = threshold * gap >= ratios - low
-        packed.append(codes.pack((above - below.int()).flatten()[: len(run)]))
-    return Rounded(torch.cat(packed), scales)
+        return self._codes.pack((above - below.int()).flatten()[: len(run)])
+
+
+def stochastic(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
+    """Round a whole weight, of any shape, float32. Streams: temporaries of a few MiB."""
+    rounding = Stochastic(grid, scales, grid.largest(weight))
+    runs = torch.split(weight.reshape(-1), RUN)
+    blocks = RUN // grid.blocksize
+    packed = [rounding.pack(run, index * blocks) for index, run in enumerate(runs)]
+    return Rounded(torch.cat(packed), rounding.scales)

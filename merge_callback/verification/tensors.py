@@ -23,6 +23,7 @@ from merge_callback.codecs import Container, runs
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.codecs.plain import Plain
 from merge_callback.live import Weight, read_weights
+from merge_callback.merging import Merging
 from merge_callback.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -77,30 +78,42 @@ def _deviation_on(
     device: torch.device, weight: Weight, container: Container, found: Weight | None
 ) -> Deviation:
     """Encode the weight again, and compare a loader's values with what that gives."""
-    exact = weight.decoded(device)
-    if weight.updates:
-        exact = weight.merged(exact)
-        encoded = container.encode(weight.key, exact)
-    else:
-        encoded = container.copy(weight.key, weight.source, device)
     there = None if found is None else found.decoded(device)
     if there is not None and found is not None and _is_transposed(container, found):
         there = there.t()
-    if there is None or there.shape != exact.shape:
+    if there is None or there.shape != weight.stored.shape:
         return Deviation(math.nan, True)
+    values = there.reshape(-1)
     apart = size = 0.0
-    unequal, beyond = 0, False
-    written = container.values(weight.key, encoded, exact.numel())
-    for (wanted, value), chosen in zip(runs(exact, there), written, strict=True):
+    unequal, beyond, done = 0, False, 0
+    for wanted, chosen in _wanted(weight, container, device):
+        value = values[done : done + len(wanted)]
+        done += len(wanted)
         apart += float((wanted.float() - value.float()).pow(2).sum())
         size += float(wanted.float().pow(2).sum())
-        count, far = _differences(value, chosen.to(value.dtype))
-        unequal += count
+        differing, far = _differences(value, chosen.to(value.dtype))
+        unequal += differing
         beyond = beyond or far
-    count = exact.numel()
+    count = len(values)
     broken = beyond or unequal > _FEW * count + 1
     far = not math.sqrt(apart) <= _rounding(container, there.dtype, math.sqrt(size), count)
     return Deviation(math.sqrt(apart / size if size else apart), broken or far)
+
+
+def _wanted(
+    weight: Weight, container: Container, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat runs of the exact values, and of what a loader should make of them."""
+    if weight.updates:
+        for _, merged, written in Merging(weight, {"": container}, device):
+            yield merged.reshape(-1), written[""].reshape(-1)
+        return
+    exact = weight.decoded(device)
+    encoded = container.copy(weight.key, weight.source, device)
+    for (wanted,), chosen in zip(
+        runs(exact), container.values(weight.key, encoded, exact.numel()), strict=True
+    ):
+        yield wanted, chosen
 
 
 def _rounding(container: Container, dtype: torch.dtype, size: float, count: int) -> float:
