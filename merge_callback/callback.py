@@ -19,12 +19,23 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_utils import unwrap_model
 
+from merge_callback import behind
+from merge_callback.background import Outcome
 from merge_callback.batches import Batch, TrainingData, datasets_of, drawn, take
+from merge_callback.calibration.choice import Choice, choose
 from merge_callback.companions import live_settings
-from merge_callback.data import Data
+from merge_callback.data import Data, gather
 from merge_callback.errors import MergeError, MergeRefused
-from merge_callback.export import MergeResult, check_merge, export, rescue
+from merge_callback.exact_maths import exact_maths
+from merge_callback.export import (
+    Beside,
+    MergeResult,
+    check_merge,
+    export,
+    rescue,
+)
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
@@ -61,6 +72,13 @@ class MergeOnSaveCallback(TrainerCallback):
         save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
             None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
         merge_on_save: merge at every checkpoint too.
+        blocking: False: at checkpoints before the end training goes on while a thread of low
+            priority merges a copy of the adapter. What needs the live model waits for the end of
+            training (the files are not loaded, outputs are not compared), or holds training up
+            (`rounding="calibrated"` and `"tuned"`; `"auto"` does without data there).
+        backlog: what becomes of such a merge when the one before is still under way.
+            `"coalesce"`: it waits, in the place of one that did; `"skip"`: it is left out;
+            `"wait"`: training waits.
         rounding: how 4-bit codes are chosen, see `MergeOptions`. Calibrated and tuned rounding look
             at the training data: batches drawn anew from the trainer's dataset, or, where that does
             not give what the model takes (streams, preference data, generated samples), the last
@@ -110,7 +128,8 @@ class MergeOnSaveCallback(TrainerCallback):
         MergeRefused: an option that cannot be honoured; or, when training begins, all that stands
             against the merge, or (PushRefused) against the push.
         MergeError: a merge failed. At the end of training the adapter has been saved by then, and
-            the error says where.
+            the error says where. One that went on behind the training is told of at the next step,
+            with several processes at the next checkpoint.
     """
 
     def __init__(
@@ -119,6 +138,8 @@ class MergeOnSaveCallback(TrainerCallback):
         *,
         save_method: str | Sequence[str] | None = None,
         merge_on_save: bool = False,
+        blocking: bool = True,
+        backlog: str = "coalesce",
         rounding: str = "auto",
         base: str = "live",
         calibration_tokens: int = 65536,
@@ -172,9 +193,12 @@ class MergeOnSaveCallback(TrainerCallback):
             raise MergeRefused(
                 [f"keep_last={keep_last} would keep nothing; use 1 or more, or None"]
             )
+        if problems := behind.problems(blocking, backlog, merge_on_save, self._options):
+            raise MergeRefused(problems)
         self.results: list[MergeResult] = []
         self.pushes: list[Push] = []
         self.failures: list[MergeFailure] = []
+        self._behind = None if blocking else behind.Behind(backlog)
         self._output_dir = output_dir
         self._merge_on_save = merge_on_save
         self._keep_last = keep_last
@@ -194,6 +218,11 @@ class MergeOnSaveCallback(TrainerCallback):
         self._barrier_timeout = barrier_timeout
         self._processes = ALONE
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
+
+    @property
+    def stalls(self) -> dict[int, float]:
+        """Seconds that training was held up at each step whose merge went on behind it."""
+        return {} if self._behind is None else dict(self._behind.stalls)
 
     def on_init_end(
         self,
@@ -233,6 +262,10 @@ class MergeOnSaveCallback(TrainerCallback):
         saves = self._saves_to_come(args, state)
         store = self._store(args)
         plan = check_merge(model, store, self._options, saves, self._processes)
+        if plan.sharded and self._behind is not None:
+            raise MergeRefused(
+                ["blocking=False needs the whole model in each process; leave it out"]
+            )
         if self._publisher is not None and self._processes.leads:
             self._publisher.begin(args, store)
         if self._data is not None:  # of a training that was cut off
@@ -267,10 +300,28 @@ class MergeOnSaveCallback(TrainerCallback):
     ) -> None:
         """Merge at a checkpoint, when asked to."""
         self._saved = state.global_step
-        if model is not None and self._merge_on_save and _takes_part(state):
-            last = control.should_training_stop or state.global_step >= state.max_steps
-            moment = Moment(args, state, model, processing_class, eval_dataloader, None, last)
-            self._try(moment)
+        if model is None or not self._merge_on_save or not _takes_part(state):
+            return
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        moment = Moment(args, state, model, processing_class, eval_dataloader, None, last)
+        failed = self._harvest(moment, wait=last)
+        waits = self._behind is None or last
+        self._try(moment, self._merge if waits else self._merge_behind)
+        self._tell(failed)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell of merges that went on behind the training."""
+        if self._behind is None or not self._behind.has_news or model is None:
+            return
+        if self._processes.count == 1:  # others would have to be asked at every step
+            self._tell(self._harvest(Moment(args, state, model, None, None, None, False)))
 
     def on_train_end(
         self,
@@ -292,11 +343,14 @@ class MergeOnSaveCallback(TrainerCallback):
         stopped = self._processes.from_leader(interrupted(args, state, self._saved))
         moment = Moment(args, state, model, processing_class, eval_dataloader, best, True)
         done = self._merged == (state.global_step, None) and best in (None, state.global_step)
+        leaves = stopped and self._on_interrupt != "merge"
         try:
-            if stopped and self._on_interrupt != "merge":
+            failed = self._harvest(moment, wait=not leaves)
+            if leaves:
                 self._leave(moment)
             elif not done:
-                self._try(moment, rescue=True)
+                self._try(moment, self._merge, rescue=True)
+            self._tell(failed)
         except MergeError:
             self._finish_pushes(moment)
             raise
@@ -304,6 +358,8 @@ class MergeOnSaveCallback(TrainerCallback):
 
     def _leave(self, moment: Moment) -> None:
         """SIGTERM leaves no time for a merge, and a checkpoint has what was trained."""
+        if self._behind is not None:
+            self._behind.drop_waiting()
         told = self._rescue(moment) if self._on_interrupt == "lora" else "resume to merge"
         logger.warning(
             "training was interrupted at step %d: not merged (on_interrupt=%r); %s",
@@ -312,19 +368,23 @@ class MergeOnSaveCallback(TrainerCallback):
             told,
         )
 
-    def _try(self, moment: Moment, *, rescue: bool = False) -> None:
+    def _try(
+        self, moment: Moment, merge: Callable[[Moment], None], *, rescue: bool = False
+    ) -> None:
         """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
-        step = moment.state.global_step
         try:
             with self._processes.alike():
-                self._merge(moment)
+                merge(moment)
         except Exception as error:
             saved = f"; {self._rescue(moment)}" if rescue else ""
-            failure = MergeError(f"the merge at step {step} failed: {error}{saved}")
-            if self._on_error == "raise":
-                raise failure from error
-            logger.warning("%s", failure, exc_info=error)
-            self.failures.append(MergeFailure(step, error))
+            self._fail(moment.state.global_step, error, saved)
+
+    def _fail(self, step: int, error: Exception, saved: str = "") -> None:
+        failure = MergeError(f"the merge at step {step} failed: {error}{saved}")
+        if self._on_error == "raise":
+            raise failure from error
+        logger.warning("%s", failure, exc_info=error)
+        self.failures.append(MergeFailure(step, error))
 
     def _merge(self, moment: Moment) -> None:
         args, state = moment.args, moment.state
@@ -343,17 +403,68 @@ class MergeOnSaveCallback(TrainerCallback):
             last=moment.last,
             processes=self._processes,
         )
-        self.results.append(result)
         # Before the end "auto" does less than it can, so the end of training merges once more.
         if moment.last or self._options.rounding != "auto":
             self._merged = (state.global_step, moment.best_step)
         if self._publisher is not None and self._processes.leads:
             self._publisher.add(store.version(result.version))
-        self._prune(store, state)
+        self._published(moment, state.global_step, result)
+
+    def _published(self, moment: Moment, step: int, result: MergeResult) -> None:
+        """Keep, prune and log."""
+        self.results.append(result)
+        self._prune(self._store(moment.args), moment.state)
         try:
-            self._log(moment, metrics(result.manifest))
+            self._log(moment, step, metrics(result.manifest))
         except Exception as error:  # of a logger that lost its connection
             logger.warning("the figures of %s could not be logged: %s", result.version, error)
+
+    def _merge_behind(self, moment: Moment) -> None:
+        """Merge a copy of what was trained, while training goes on."""
+        assert self._behind is not None
+        if not self._processes.leads:
+            self._chosen_now(moment)
+            return
+        store = self._store(moment.args)
+        training = Training(moment.state.global_step, None, self._settings)
+
+        def done(result: MergeResult) -> None:
+            if self._publisher is not None:  # now, for the process may end before it is asked
+                self._publisher.add(store.version(result.version))
+
+        self._behind.merge(
+            unwrap_model(moment.model),
+            store,
+            self._options,
+            Beside(moment.name, moment.processing_class, training, self._datasets),
+            partial(self._chosen_now, moment),
+            done,
+        )
+
+    def _chosen_now(self, moment: Moment) -> Choice | None:
+        """4-bit codes, where they were to be chosen with data: that takes the live model."""
+        if not self._options.needs_data:
+            return None
+        plan = make_plan(moment.model, self._options, self._processes)
+        seen, *_ = gather(plan, self._options, self._data_for(moment, plan))
+        with torch.no_grad(), exact_maths(w.stored.device.type for w in plan.weights.values()):
+            return choose(plan, self._options, seen, last=False, processes=self._processes)
+
+    def _harvest(self, moment: Moment, *, wait: bool = False) -> list[Outcome[MergeResult]]:
+        """Keep what merges behind the training have published; those that failed come back."""
+        if self._behind is None:
+            return []
+        with self._processes.alike():
+            found = self._processes.from_leader(self._behind.outcomes(wait=wait))
+        for outcome in found:
+            if outcome.result is not None:
+                self._published(moment, outcome.step, outcome.result)
+        return [outcome for outcome in found if outcome.error is not None]
+
+    def _tell(self, failed: list[Outcome[MergeResult]]) -> None:
+        for outcome in failed:
+            assert outcome.error is not None
+            self._fail(outcome.step, outcome.error)
 
     def _data_for(self, moment: Moment, plan: Plan) -> Data:
         evaluation = self._verification_data
@@ -363,12 +474,12 @@ class MergeOnSaveCallback(TrainerCallback):
         training = None if self._data is None else self._data.batches()
         return Data(training=training, evaluation=evaluation, datasets=self._datasets)
 
-    def _log(self, moment: Moment, figures: dict[str, float]) -> None:
+    def _log(self, moment: Moment, step: int, figures: dict[str, float]) -> None:
         """Into the trainer's history; to its loggers too, where `attach` gave us its `log`."""
         if self._trainer_log is not None:
             self._trainer_log(figures)
         else:
-            entry = {**figures, "epoch": moment.state.epoch, "step": moment.state.global_step}
+            entry = {**figures, "epoch": moment.state.epoch, "step": step}
             moment.state.log_history.append(entry)
 
     def _finish_pushes(self, moment: Moment) -> None:

@@ -6,6 +6,7 @@ Everything is written from copies: saving a transformers config changes it.
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,33 @@ def save_companions(
         generation.save_pretrained(directory)
     if processing_class is not None:
         processing_class.save_pretrained(directory)
+
+
+class SavedProcessor:
+    """A tokenizer or processor as it was at one moment: the files that it saves.
+
+    Those that are in use cannot be saved by another thread, which may find them "already borrowed".
+    """
+
+    def __init__(self, processing_class: Any):
+        self.name = type(processing_class).__name__
+        with tempfile.TemporaryDirectory() as directory:
+            processing_class.save_pretrained(directory)
+            paths = [path for path in Path(directory).rglob("*") if path.is_file()]
+            self._files = {path.relative_to(directory): path.read_bytes() for path in paths}
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the files."""
+        for name, content in self._files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+
+
+def processor_name(processing_class: Any) -> str | None:
+    """What a tokenizer or processor is, by its class."""
+    if processing_class is None or isinstance(processing_class, SavedProcessor):
+        return getattr(processing_class, "name", None)
+    return type(processing_class).__name__
 
 
 def generation_problems(plan: Plan) -> list[str]:

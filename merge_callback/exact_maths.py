@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_EXACT = ("ieee", "none")
+_MATMUL = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"})
+_CONVOLUTION = frozenset({"convolution"})
+_this_thread = threading.local()
 
 
 @contextlib.contextmanager
@@ -19,9 +27,14 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
     )
     before = [backend.fp32_precision for backend in backends]
+    devices = set(devices) - {"meta"}
     with contextlib.ExitStack() as stack:
-        for device in set(devices) - {"meta"}:
+        for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
+        if getattr(_this_thread, "beside", False):
+            stack.enter_context(InFloat64(_less_exact(devices)))
+            yield
+            return
         try:
             for backend in backends:
                 backend.fp32_precision = "ieee"
@@ -31,3 +44,54 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
                 backend.fp32_precision = "none"  # inherit again, where that gives what was there
                 if backend.fp32_precision != precision:
                     backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def beside_others() -> Iterator[None]:
+    """In this thread leave settings that hold for all threads as they are; others compute too.
+
+    Where they allow less than float32, its products are computed in float64.
+    """
+    _this_thread.beside = True
+    try:
+        yield
+    finally:
+        _this_thread.beside = False
+
+
+def _less_exact(devices: Iterable[str]) -> frozenset[str]:
+    """Operations that may take less than float32 on some of these devices now."""
+    found: frozenset[str] = frozenset()
+    for device in devices:
+        backend: Any = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
+        convolution: Any = torch.backends.mkldnn if device == "cpu" else torch.backends.cudnn
+        found |= _MATMUL if backend.matmul.fp32_precision not in _EXACT else frozenset()
+        found |= _CONVOLUTION if convolution.conv.fp32_precision not in _EXACT else frozenset()
+    return found
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Some operations on float32, in this thread, computed in float64.
+
+    Args:
+        operations: names of those, of aten's.
+    """
+
+    def __init__(self, operations: frozenset[str]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operations = operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name not in self._operations or not _is_float32(args[0]):
+            return func(*args, **kwargs)
+        wide = [part.double() if _is_float32(part) else part for part in args]
+        product = func(*wide, **kwargs)
+        return args[0].copy_(product) if name.endswith("_") else product.float()
+
+
+def _is_float32(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dtype == torch.float32

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,18 @@ from transformers import BitsAndBytesConfig
 from transformers.modeling_utils import unwrap_model
 
 from merge_callback.batches import Batch
-from merge_callback.calibration.choice import choose
+from merge_callback.calibration.choice import Choice, choose
 from merge_callback.card import write_card
-from merge_callback.companions import generation_problems, save_adapter, save_companions
+from merge_callback.companions import (
+    generation_problems,
+    processor_name,
+    save_adapter,
+    save_companions,
+)
 from merge_callback.data import Data, gather
 from merge_callback.engines import WholeView
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
-from merge_callback.exact_maths import exact_maths
+from merge_callback.exact_maths import beside_others, exact_maths
 from merge_callback.live import (
     active_adapters,
     is_sharded_model,
@@ -47,8 +52,14 @@ from merge_callback.plan import Plan, make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.report import write_report
 from merge_callback.retention import Retention
-from merge_callback.store import MergeStore, Version
-from merge_callback.verification.checks import broken_weights, verify_models
+from merge_callback.store import Draft, MergeStore, Version
+from merge_callback.verification.checks import (
+    Kept,
+    Verification,
+    broken_weights,
+    verify_arithmetic,
+    verify_models,
+)
 from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)
@@ -75,6 +86,23 @@ class MergeResult:
     def path(self) -> Path:
         """Directory of the first save method."""
         return next(iter(self.paths.values()))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a version has beside its weights.
+
+    Attributes:
+        name: of the version.
+        processing_class: tokenizer or processor, or a `SavedProcessor`.
+        training: what its manifest says of the training.
+        datasets: ids on the Hub, where they are known.
+    """
+
+    name: str
+    processing_class: Any
+    training: Training
+    datasets: Sequence[str] = ()
 
 
 _TOLD_BY_THE_LEADER = MergeResult("", {}, {})
@@ -242,10 +270,7 @@ def export(
     except MergeError:
         raise
     except Exception as error:  # of torch, of the file system, of the libraries that write to it
-        raise MergeError(
-            f"merging into {store.root} failed: {error}; nothing was published and no draft is "
-            "left: if the disk is full free space, if memory ran out free some, then merge again"
-        ) from error
+        raise _failed(store, error) from error
 
 
 def _export(
@@ -268,7 +293,90 @@ def _export(
         plan.giving()
         return processes.from_leader(_TOLD_BY_THE_LEADER)
     plan = plan.with_rounded(choice.rounded)
-    with store.draft(name) as draft:
+
+    def verify(draft: Draft, places: Mapping[str, Path], kept: Kept) -> Verification:
+        try:
+            draft.verify()
+        except CorruptVersion as error:
+            broken = broken_weights(plan, places)
+            raise CorruptVersion(f"{error}; wrong: {broken}" if broken else str(error)) from None
+        batches = () if plan.sharded else unseen
+        return verify_models(
+            plan,
+            options,
+            places,
+            kept,
+            processing_class=processing_class,
+            batches=batches,
+            data=told,
+        )
+
+    beside = Beside(name, processing_class, training, data.datasets)
+    result = _publish(plan, store, options, beside, choice, clock, verify)
+    plan.finish()
+    return processes.from_leader(result)
+
+
+@torch.no_grad()
+def export_snapshot(
+    model: PeftModel,
+    store: MergeStore,
+    options: MergeOptions,
+    beside: Beside,
+    choice: Choice | None,
+    seconds: float,
+) -> MergeResult:
+    """Export a `snapshot`, in a thread of its own, while the live model is being trained.
+
+    It leaves alone all that holds for the whole process: random generators, precision, the default
+    dtype that transformers sets while it loads a model. So the files are read back, and the
+    adapter's arithmetic is compared with PEFT's own; but they are not loaded, and outputs are not
+    compared.
+
+    Args:
+        choice: 4-bit codes that have been chosen with data; None: they are chosen without.
+        seconds: what that took.
+
+    Raises:
+        MergeError, CorruptVersion: as `merge_adapter`.
+    """
+    clock = _Clock({"round": round(seconds, 3)})
+    try:
+        with beside_others(), exact_maths(p.device.type for p in model.parameters()):
+            plan = make_plan(model, options)
+            choice = choice or choose(plan, options, None, last=False)
+            plan = plan.with_rounded(choice.rounded)
+
+            def verify(draft: Draft, places: Mapping[str, Path], kept: Kept) -> Verification:
+                draft.verify()
+                return verify_arithmetic(plan, options)
+
+            return _publish(plan, store, options, beside, choice, clock, verify)
+    except MergeError:
+        raise
+    except Exception as error:
+        raise _failed(store, error) from error
+
+
+def _failed(store: MergeStore, error: Exception) -> MergeError:
+    return MergeError(
+        f"merging into {store.root} failed: {error}; nothing was published and no draft is "
+        "left: if the disk is full free space, if memory ran out free some, then merge again"
+    )
+
+
+def _publish(
+    plan: Plan,
+    store: MergeStore,
+    options: MergeOptions,
+    beside: Beside,
+    choice: Choice,
+    clock: _Clock,
+    verify: Callable[[Draft, Mapping[str, Path], Kept], Verification],
+) -> MergeResult:
+    """Write a draft, verify it, and make it a version."""
+    processing_class, training = beside.processing_class, beside.training
+    with store.draft(beside.name) as draft:
         places = _places(plan, draft.path)
         kept = write_weights(plan, options, draft, places)
         for method, place in places.items():
@@ -284,22 +392,7 @@ def _export(
         clock.lap("write")
         verification = None
         if options.verify:
-            try:
-                draft.verify()
-            except CorruptVersion as error:
-                broken = broken_weights(plan, places)
-                raise CorruptVersion(
-                    f"{error}; wrong: {broken}" if broken else str(error)
-                ) from None
-            verification = verify_models(
-                plan,
-                options,
-                places,
-                kept,
-                processing_class=processing_class,
-                batches=() if plan.sharded else unseen,
-                data=told,
-            )
+            verification = verify(draft, places, kept)
             clock.lap("verify")
         manifest = merge_manifest(
             plan, choice.method, training, kept, choice.report, verification, clock.seconds
@@ -309,17 +402,13 @@ def _export(
         except Exception as error:  # of matplotlib, mostly: the model is worth more
             logger.warning("the report failed: %s", error, exc_info=error)
         try:
-            _write_cards(
-                plan, options, draft.path, places, manifest, processing_class, data.datasets
-            )
+            _write_cards(plan, options, draft.path, places, manifest, beside)
         except Exception as error:  # of a template, mostly
             logger.warning("the model card failed: %s", error, exc_info=error)
         draft.seal()
-        version = store.publish(draft, name, manifest)
-    plan.finish()
+        version = store.publish(draft, beside.name, manifest)
     _report(plan, version, kept, clock, choice.method)
-    result = MergeResult(version.name, _places(plan, version.path), version.manifest)
-    return processes.from_leader(result)
+    return MergeResult(version.name, _places(plan, version.path), version.manifest)
 
 
 def _write_cards(
@@ -328,8 +417,7 @@ def _write_cards(
     top: Path,
     places: Mapping[str, Path],
     manifest: Mapping[str, Any],
-    processing_class: Any,
-    datasets: Sequence[str],
+    beside: Beside,
 ) -> None:
     """A card beside each model, and one above them if there are several."""
     if not options.card:
@@ -341,8 +429,8 @@ def _write_cards(
             plan.model,
             manifest,
             methods,
-            processor=processing_class and type(processing_class).__name__,
-            datasets=datasets,
+            processor=processor_name(beside.processing_class),
+            datasets=beside.datasets,
             template=None if options.card is True else options.card,
         )
 
@@ -394,9 +482,9 @@ def _save_alone(
 class _Clock:
     """Seconds by stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self._last = self._start = time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = dict(seconds or {})
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+Kept: TypeAlias = Mapping[str, Mapping[str, Retention]]  # method -> weight -> retention
 _PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
 _WORST = 5
 
@@ -60,7 +61,7 @@ def verify_models(
     plan: Plan,
     options: MergeOptions,
     places: Mapping[str, Path],
-    kept: Mapping[str, Mapping[str, Retention]],
+    kept: Kept,
     *,
     processing_class: Any = None,
     batches: Sequence[Batch] = (),
@@ -113,6 +114,21 @@ def verify_models(
     limits = options.min_gain_kept is not None or options.max_kl is not None
     if limits and not done.problems and len(done.comparisons) < len(models):
         done.problems.append(f"{why}, so min_gain_kept and max_kl cannot be met")
+    return _judged(done, options)
+
+
+def verify_arithmetic(plan: Plan, options: MergeOptions) -> Verification:
+    """What can be verified beside a training: whether what was merged is what PEFT computes.
+
+    Raises:
+        VerificationError: as `verify_models`.
+    """
+    done = Verification()
+    done.problems += _try("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
+    return _judged(done, options)
+
+
+def _judged(done: Verification, options: MergeOptions) -> Verification:
     if done.problems and options.verify != "warn":
         raise VerificationError(done.problems)
     for problem in done.problems:

@@ -1,0 +1,108 @@
+"""Merges of checkpoints that go on behind the training, each of a snapshot. Knows no trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from peft import PeftModel
+
+from merge_callback.background import BACKLOGS, Background, Outcome
+from merge_callback.calibration.choice import Choice
+from merge_callback.companions import SavedProcessor
+from merge_callback.export import Beside, MergeResult, export_snapshot
+from merge_callback.options import MergeOptions
+from merge_callback.snapshot import snapshot
+from merge_callback.store import MergeStore
+
+logger = logging.getLogger(__name__)
+
+
+class Behind:
+    """At most one merge is under way, and at most one waits.
+
+    Args:
+        backlog: see `Background`.
+
+    Attributes:
+        stalls: step -> seconds that training was held up there.
+    """
+
+    def __init__(self, backlog: str):
+        self.stalls: dict[int, float] = {}
+        self._background: Background[MergeResult] = Background(backlog)
+
+    def merge(
+        self,
+        model: PeftModel,
+        store: MergeStore,
+        options: MergeOptions,
+        beside: Beside,
+        choose: Callable[[], Choice | None],
+        done: Callable[[MergeResult], None],
+    ) -> None:
+        """Take what a merge needs of the live model, and leave the rest to a thread.
+
+        Args:
+            choose: 4-bit codes that are chosen with the live model and data, or None.
+            done: called in the thread with what was published.
+        """
+        began = time.monotonic()
+        step = beside.training.step
+        assert step is not None
+        choice = choose()
+        seconds = time.monotonic() - began
+        if beside.processing_class is not None:
+            beside = replace(beside, processing_class=SavedProcessor(beside.processing_class))
+        quiet = replace(options, progress=False)
+        taken = snapshot(model)
+
+        def merge() -> MergeResult:
+            result = export_snapshot(taken, store, quiet, beside, choice, seconds)
+            done(result)
+            return result
+
+        dropped = self._background.submit(step, merge)
+        self.stalls[step] = time.monotonic() - began
+        logger.info("step %d: training was held up for %.3f s", step, self.stalls[step])
+        if dropped is not None:
+            logger.warning(
+                "the merge of step %d is left out: an earlier one is still under way; save less "
+                "often, or use backlog='wait'",
+                dropped,
+            )
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are outcomes."""
+        return self._background.has_news
+
+    def outcomes(self, *, wait: bool) -> list[Outcome[MergeResult]]:
+        """What became of merges since the last call."""
+        if wait:
+            self._background.join()
+        return self._background.outcomes()
+
+    def drop_waiting(self) -> None:
+        """Forget the merge that waits."""
+        self._background.drop_waiting()
+
+
+def problems(blocking: bool, backlog: str, merge_on_save: bool, options: MergeOptions) -> list[str]:
+    """Why options do not go together."""
+    found = []
+    if backlog not in BACKLOGS:
+        names = ", ".join(map(repr, BACKLOGS))
+        found.append(f"backlog={backlog!r} is not known; use one of {names}")
+    if blocking:
+        return found
+    if not merge_on_save:
+        found.append("blocking=False is for merge_on_save=True: the end of training waits")
+    if options.min_gain_kept is not None or options.max_kl is not None:
+        found.append(
+            "min_gain_kept and max_kl need the live model, which a merge behind the training does "
+            "not have; leave them out, or blocking=False"
+        )
+    return found
