@@ -35,6 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import merge_callback.behind
 from merge_callback import MergeError, MergeOnSaveCallback, MergeStore, merge_adapter
 from merge_callback.data import Data
 from merge_callback.export import check_merge, export
@@ -61,10 +62,10 @@ def gathered(value):
     return told
 
 
-def ddp(root, make):
+def ddp(root, make, **behind):
     """Train on two processes, merging at each save; then merge the same model in one."""
     settings = {"save_method": METHODS, "rounding": "stochastic"}
-    callback = MergeOnSaveCallback(merge_on_save=True, **settings)
+    callback = MergeOnSaveCallback(merge_on_save=True, **settings, **behind)
     run = make(root, callback, max_steps=4, save_strategy="steps", save_steps=2)
     run.train()
     assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
@@ -103,6 +104,19 @@ def outcome(run):
     except (MergeError, OSError) as error:
         said = f"{type(error).__name__}: {error}"
     return [said, run.state.global_step, time.monotonic() - start < 60]
+
+
+def failing_behind(root):
+    """A merge behind the training fails, in the one process that makes it."""
+
+    def fails(*args):
+        raise MergeError("the disk is full")
+
+    merge_callback.behind.export_snapshot = fails
+    callback = MergeOnSaveCallback(merge_on_save=True, blocking=False, rounding="stochastic")
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    told = gathered(outcome(trainer(root, callback, **settings)))
+    return {"told": told, "listing": listing(root)}
 
 
 def failing(root, where):
@@ -368,6 +382,8 @@ MODES = {
     "trainer": lambda root: ddp(root, trainer),
     "sft": lambda root: ddp(root, sft),
     "nodes": nodes,
+    "behind": lambda root: ddp(root, trainer, blocking=False),
+    "behind-fails": failing_behind,
     "start": lambda root: failing(root, "start"),
     "merge": lambda root: failing(root, "merge"),
     "warn": warned,

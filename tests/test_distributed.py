@@ -69,6 +69,20 @@ def test_ddp_writes_each_version_once_with_the_bytes_of_one_process(tmp_path, mo
     ]
 
 
+def test_under_ddp_one_process_merges_behind_the_training_of_all(tmp_path):
+    found = together("behind", tmp_path)
+    versions = ["step-00000002", "step-00000004"]
+    assert found["told"] == [[versions, [2, 4]]] * 2
+    assert found["listing"] == versions
+
+
+def test_a_merge_behind_the_training_that_fails_ends_it_in_all_processes(tmp_path):
+    found = together("behind-fails", tmp_path)
+    (one, *ended), (other, *alike) = found["told"]
+    assert "the merge at step 2 failed: the disk is full" in one and "the disk is full" in other
+    assert ended == alike == [4, True]
+
+
 @pytest.mark.parametrize("base", ["nf4", "bf16"])
 def test_a_trainer_on_deepspeed_publishes_what_one_process_makes_of_its_adapter(tmp_path, base):
     found = together(f"zero3-trainer-{base}", tmp_path, **needs("zero3"))

@@ -163,8 +163,11 @@ def test_what_a_user_should_know_of_a_repository_is_said_before_training(tmp_pat
     assert "me/public holds a model that merge_callback did not write" in caplog.text
 
 
-def test_each_save_arrives_under_its_tag_and_the_disk_keeps_what_was_asked(tmp_path, server):
-    callback = pushing(merge_on_save=True, keep_last=1)
+@pytest.mark.parametrize("blocking", [True, False])
+def test_each_save_arrives_under_its_tag_and_the_disk_keeps_what_was_asked(
+    tmp_path, server, blocking
+):
+    callback = pushing(merge_on_save=True, keep_last=1, blocking=blocking, backlog="wait")
     trainer(tmp_path, callback, max_steps=6, save_strategy="steps", save_steps=2).train()
     tags = ["step-00000002", "step-00000004", "step-00000006"]
     assert [push.tag for push in callback.pushes] == tags and callback.failures == []
