@@ -70,7 +70,7 @@ GOALS = (
     ("all", ("16-bit", "4-bit, nearest"), 1.2),
     ("16-bit", ("copy 16-bit",), 1.5),
 )
-COPIES_IN_MEMORY, ROOM = 3, 64  # float32 copies of the largest weight, and MiB
+COPIES_IN_MEMORY, ROOM = 3, 64  # float32 copies of the largest weight that is merged, and MiB
 
 
 def make_base(path, hidden, intermediate, layers, vocabulary):
@@ -247,8 +247,8 @@ def parameters(name):
 
 def allowed(name):
     """MiB that a merge may take beyond the live model."""
-    hidden, intermediate, _, vocabulary = MODELS[name]
-    return COPIES_IN_MEMORY * 4 * hidden * max(intermediate, vocabulary) / MIB + ROOM
+    hidden, intermediate, *_ = MODELS[name]
+    return COPIES_IN_MEMORY * 4 * hidden * intermediate / MIB + ROOM
 
 
 def plot(found, path):
