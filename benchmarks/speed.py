@@ -1,6 +1,7 @@
 """Wall time, CPU time, memory and bytes of a merge, against PEFT's own and a bare copy.
 
     python benchmarks/speed.py [--models 135M 0.5B 1.1B] [--large 3B] [--repeats 5] [--output docs]
+    python benchmarks/speed.py --profile 1.1B
 
 Each model is a random Llama in NF4 with double quantisation and a LoRA adapter (r=16) on all linear
 layers. Each contender runs in a process of its own, loads the model, and is measured from there to
@@ -102,7 +103,7 @@ def make_base(path, hidden, intermediate, layers, vocabulary):
     model.save_pretrained(path)
 
 
-def live_model(path, *, quantise):
+def live_model(path, *, quantise, dtype="bfloat16"):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -110,10 +111,16 @@ def live_model(path, *, quantise):
     from merge_callback.live import keep_cpu_weights_unpacked
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {"dtype": torch.bfloat16, "device_map": device}
+    settings = {"dtype": getattr(torch, dtype), "device_map": device}
     if quantise:
         path, settings["quantization_config"] = f"{path}-16bit", BitsAndBytesConfig(**FORMAT)
     model = AutoModelForCausalLM.from_pretrained(path, **settings)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = settings["dtype"]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(settings["dtype"])
     keep_cpu_weights_unpacked(model)
     torch.manual_seed(1)
     lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
@@ -193,6 +200,28 @@ def measure(contender, base, source, target):
     if device_before is not None:
         row["device"] = (torch.cuda.max_memory_allocated() - device_before) / MIB
     return row
+
+
+def profile(contender, base, target):
+    """What torch computes in a merge, in CPU seconds of all threads, the costliest first."""
+    import torch
+    from torch._C._profiler import _ExperimentalConfig
+
+    model = live_model(base, quantise=False)
+    work(contender, model, None, target.with_name("warm"))
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    times, began = os.times(), time.perf_counter()
+    with torch.profiler.profile(activities=activity, experimental_config=everywhere) as found:
+        work(contender, model, None, target)
+        wall, ended = time.perf_counter() - began, os.times()
+    rows = [(e.key, e.self_cpu_time_total / 1e6, e.count) for e in found.key_averages()]
+    rows = [row for row in rows if not row[0].startswith("[")]
+    cpu, computed = sum(ended[:4]) - sum(times[:4]), sum(row[1] for row in rows)
+    print(f"{contender}: {wall:.1f} s, of {cpu:.1f} CPU seconds {computed:.1f} in torch\n")
+    print("| operation | CPU, s | share | calls |\n|---|---|---|---|")
+    for key, seconds, count in sorted(rows, key=lambda row: -row[1])[:12]:
+        print(f"| {key} | {seconds:.2f} | {seconds / cpu:.0%} | {count} |")
 
 
 def in_process(*arguments):
@@ -316,6 +345,7 @@ def main():
     parser.add_argument("--large", choices=MODELS, help="for memory alone, e.g. 3B")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="directory for performance.json and .png")
+    parser.add_argument("--profile", choices=MODELS, help="tell what torch computes, and no more")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -325,6 +355,12 @@ def main():
     elif arguments.one:
         contender, *paths = arguments.one
         print(json.dumps(measure(contender, *map(Path, paths))))
+    elif arguments.profile:
+        with tempfile.TemporaryDirectory() as root:
+            base = Path(root) / "base"
+            in_process("--make", arguments.profile, base)
+            for contender in ("4-bit, nearest", "4-bit", "16-bit"):
+                profile(contender, base, Path(root) / contender.replace(", ", "-"))
     else:
         with tempfile.TemporaryDirectory() as root:
             found = run(arguments.models, arguments.repeats, Path(root))

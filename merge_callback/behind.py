@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from peft import PeftModel
 from merge_callback.background import BACKLOGS, Background, Outcome
 from merge_callback.calibration.choice import Choice
 from merge_callback.companions import SavedProcessor
+from merge_callback.exact_maths import less_exact
 from merge_callback.export import Beside, MergeResult, export_snapshot
 from merge_callback.options import MergeOptions
 from merge_callback.snapshot import snapshot
@@ -32,7 +34,16 @@ class Behind:
 
     def __init__(self, backlog: str):
         self.stalls: dict[int, float] = {}
+        self.backlog = backlog
         self._background: Background[MergeResult] = Background(backlog)
+        self._stop = threading.Event()
+
+    def skips(self, step: int) -> bool:
+        """Whether a merge of this step is left out; if so, say it."""
+        skips = self._background.skips
+        if skips:
+            _say_left_out(step)
+        return skips
 
     def merge(
         self,
@@ -57,22 +68,25 @@ class Behind:
         if beside.processing_class is not None:
             beside = replace(beside, processing_class=SavedProcessor(beside.processing_class))
         quiet = replace(options, progress=False)
+        wide = less_exact(p.device.type for p in model.parameters())
         taken = snapshot(model)
 
         def merge() -> MergeResult:
-            result = export_snapshot(taken, store, quiet, beside, choice, seconds)
-            done(result)
+            try:
+                result = export_snapshot(
+                    taken, store, quiet, beside, choice, seconds, wide=wide, stop=self._stop
+                )
+                done(result)
+            except Exception as error:  # now, for nobody may be there to ask what became of it
+                logger.warning("step %d, merged behind the training: %s", step, error)
+                raise
             return result
 
         dropped = self._background.submit(step, merge)
         self.stalls[step] = time.monotonic() - began
         logger.info("step %d: training was held up for %.3f s", step, self.stalls[step])
         if dropped is not None:
-            logger.warning(
-                "the merge of step %d is left out: an earlier one is still under way; save less "
-                "often, or use backlog='wait'",
-                dropped,
-            )
+            _say_left_out(dropped)
 
     @property
     def has_news(self) -> bool:
@@ -85,9 +99,18 @@ class Behind:
             self._background.join()
         return self._background.outcomes()
 
-    def drop_waiting(self) -> None:
-        """Forget the merge that waits."""
+    def stop(self) -> None:
+        """End the merge that is under way before its next weight; forget the one that waits."""
         self._background.drop_waiting()
+        self._stop.set()
+
+
+def _say_left_out(step: int) -> None:
+    logger.warning(
+        "the merge of step %d is left out: an earlier one is still under way; save less often, or "
+        "use backlog='wait'",
+        step,
+    )
 
 
 def problems(blocking: bool, backlog: str, merge_on_save: bool, options: MergeOptions) -> list[str]:

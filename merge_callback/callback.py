@@ -259,6 +259,10 @@ class MergeOnSaveCallback(TrainerCallback):
     ) -> None:
         keep_cpu_weights_unpacked(model)
         self._merged = self._saved = None
+        if self._behind is not None:  # of a training that was cut off; what failed was said
+            left = self._processes.from_leader(self._behind.outcomes(wait=True))
+            self.results += [outcome.result for outcome in left if outcome.result is not None]
+            self._behind = behind.Behind(self._behind.backlog)
         saves = self._saves_to_come(args, state)
         store = self._store(args)
         plan = check_merge(model, store, self._options, saves, self._processes)
@@ -359,7 +363,7 @@ class MergeOnSaveCallback(TrainerCallback):
     def _leave(self, moment: Moment) -> None:
         """SIGTERM leaves no time for a merge, and a checkpoint has what was trained."""
         if self._behind is not None:
-            self._behind.drop_waiting()
+            self._behind.stop()
         told = self._rescue(moment) if self._on_interrupt == "lora" else "resume to merge"
         logger.warning(
             "training was interrupted at step %d: not merged (on_interrupt=%r); %s",
@@ -389,8 +393,7 @@ class MergeOnSaveCallback(TrainerCallback):
     def _merge(self, moment: Moment) -> None:
         args, state = moment.args, moment.state
         store = self._store(args)
-        quiet = args.disable_tqdm or not self._processes.leads
-        options = replace(self._options, progress=not quiet)
+        options = self._quiet(moment)
         plan = make_plan(moment.model, options, self._processes)
         result = export(
             plan,
@@ -422,6 +425,8 @@ class MergeOnSaveCallback(TrainerCallback):
     def _merge_behind(self, moment: Moment) -> None:
         """Merge a copy of what was trained, while training goes on."""
         assert self._behind is not None
+        if self._processes.from_leader(self._behind.skips(moment.state.global_step)):
+            return
         if not self._processes.leads:
             self._chosen_now(moment)
             return
@@ -445,10 +450,17 @@ class MergeOnSaveCallback(TrainerCallback):
         """4-bit codes, where they were to be chosen with data: that takes the live model."""
         if not self._options.needs_data:
             return None
-        plan = make_plan(moment.model, self._options, self._processes)
-        seen, *_ = gather(plan, self._options, self._data_for(moment, plan))
+        options = self._quiet(moment)
+        plan = make_plan(moment.model, options, self._processes)
+        seen, *_ = gather(plan, options, self._data_for(moment, plan))
         with torch.no_grad(), exact_maths(w.stored.device.type for w in plan.weights.values()):
-            return choose(plan, self._options, seen, last=False, processes=self._processes)
+            return choose(plan, options, seen, last=False, processes=self._processes)
+
+    def _quiet(self, moment: Moment) -> MergeOptions:
+        """The options, with progress bars where the trainer has some."""
+        return replace(
+            self._options, progress=self._processes.leads and not moment.args.disable_tqdm
+        )
 
     def _harvest(self, moment: Moment, *, wait: bool = False) -> list[Outcome[MergeResult]]:
         """Keep what merges behind the training have published; those that failed come back."""
@@ -477,10 +489,11 @@ class MergeOnSaveCallback(TrainerCallback):
     def _log(self, moment: Moment, step: int, figures: dict[str, float]) -> None:
         """Into the trainer's history; to its loggers too, where `attach` gave us its `log`."""
         if self._trainer_log is not None:
-            self._trainer_log(figures)
+            self._trainer_log({**figures, "merge/step": float(step)})
         else:
-            entry = {**figures, "epoch": moment.state.epoch, "step": step}
-            moment.state.log_history.append(entry)
+            state = moment.state  # of a later step, where the merge went on behind it
+            epoch = (state.epoch or 0.0) * step / max(1, state.global_step)
+            state.log_history.append({**figures, "epoch": epoch, "step": step})
 
     def _finish_pushes(self, moment: Moment) -> None:
         """Wait for pushes; one that failed is said, and stays pending."""
@@ -527,8 +540,12 @@ class MergeOnSaveCallback(TrainerCallback):
     def _saves_to_come(self, args: TrainingArguments, state: TrainerState) -> int:
         """Versions that will lie on the disk together, from here to the end of training."""
         saves = 1 + (saves_to_come(args, state) if self._merge_on_save else 0)
+        if self._keep_last is None:
+            return saves
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
-        return saves if self._keep_last is None else min(saves, self._keep_last + 2)
+        # Behind a training of several processes two may be published between two prunings.
+        behind = self._behind is not None and self._processes.count > 1
+        return min(saves, self._keep_last + (3 if behind else 2))
 
 
 def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:

@@ -5,8 +5,10 @@ Everything is written from copies: saving a transformers config changes it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +105,9 @@ def save_adapter(
     """
     before = {name: dict(vars(model.peft_config[name])) for name in adapters}
     try:
-        with warnings.catch_warnings():
+        ours = threading.current_thread() is threading.main_thread()
+        # Catching warnings is for all threads at once, so another one ignores these for good.
+        with warnings.catch_warnings() if ours else contextlib.nullcontext():
             # PEFT asks the Hub whether the vocabulary was resized, and warns when it cannot.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")

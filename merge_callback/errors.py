@@ -1,6 +1,7 @@
 """The errors that users see. Knows nothing of tensors or files."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class MergeError(Exception):
@@ -20,6 +21,9 @@ class MergeRefused(MergeError):
         self.problems = tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(f"{self.headline}:{lines}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # processes tell one another
+        return type(self), (self.problems,)
 
 
 class PushRefused(MergeRefused):
@@ -50,3 +54,6 @@ class VerificationError(MergeError):
         self.problems = tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(f"the merged model is not published:{lines}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)

@@ -31,8 +31,9 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if getattr(_this_thread, "beside", False):
-            stack.enter_context(InFloat64(_less_exact(devices)))
+        if (wide := getattr(_this_thread, "wide", None)) is not None:
+            if wide:  # it costs each operation some time of the interpreter's
+                stack.enter_context(InFloat64(wide))
             yield
             return
         try:
@@ -47,22 +48,26 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beside_others() -> Iterator[None]:
+def beside_others(wide: frozenset[str]) -> Iterator[None]:
     """In this thread leave settings that hold for all threads as they are; others compute too.
 
-    Where they allow less than float32, its products are computed in float64.
+    Args:
+        wide: what is computed in float64, since those settings allow less than float32 for it.
     """
-    _this_thread.beside = True
+    _this_thread.wide = wide
     try:
         yield
     finally:
-        _this_thread.beside = False
+        _this_thread.wide = None
 
 
-def _less_exact(devices: Iterable[str]) -> frozenset[str]:
-    """Operations that may take less than float32 on some of these devices now."""
+def less_exact(devices: Iterable[str]) -> frozenset[str]:
+    """Operations that may take less than float32 on some of these devices now.
+
+    To be asked where nobody holds `exact_maths`.
+    """
     found: frozenset[str] = frozenset()
-    for device in devices:
+    for device in set(devices):
         backend: Any = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
         convolution: Any = torch.backends.mkldnn if device == "cpu" else torch.backends.cudnn
         found |= _MATMUL if backend.matmul.fp32_precision not in _EXACT else frozenset()

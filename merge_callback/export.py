@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -325,6 +326,9 @@ def export_snapshot(
     beside: Beside,
     choice: Choice | None,
     seconds: float,
+    *,
+    wide: frozenset[str],
+    stop: Event,
 ) -> MergeResult:
     """Export a `snapshot`, in a thread of its own, while the live model is being trained.
 
@@ -336,13 +340,15 @@ def export_snapshot(
     Args:
         choice: 4-bit codes that have been chosen with data; None: they are chosen without.
         seconds: what that took.
+        wide: what has to be computed in float64, see `exact_maths.less_exact`.
+        stop: ends the merge, if it is set while weights are written.
 
     Raises:
         MergeError, CorruptVersion: as `merge_adapter`.
     """
     clock = _Clock({"round": round(seconds, 3)})
     try:
-        with beside_others(), exact_maths(p.device.type for p in model.parameters()):
+        with beside_others(wide), exact_maths(p.device.type for p in model.parameters()):
             plan = make_plan(model, options)
             choice = choice or choose(plan, options, None, last=False)
             plan = plan.with_rounded(choice.rounded)
@@ -351,7 +357,7 @@ def export_snapshot(
                 draft.verify()
                 return verify_arithmetic(plan, options)
 
-            return _publish(plan, store, options, beside, choice, clock, verify)
+            return _publish(plan, store, options, beside, choice, clock, verify, stop)
     except MergeError:
         raise
     except Exception as error:
@@ -373,12 +379,13 @@ def _publish(
     choice: Choice,
     clock: _Clock,
     verify: Callable[[Draft, Mapping[str, Path], Kept], Verification],
+    stop: Event | None = None,
 ) -> MergeResult:
     """Write a draft, verify it, and make it a version."""
     processing_class, training = beside.processing_class, beside.training
     with store.draft(beside.name) as draft:
         places = _places(plan, draft.path)
-        kept = write_weights(plan, options, draft, places)
+        kept = write_weights(plan, options, draft, places, stop)
         for method, place in places.items():
             if method == "lora":
                 state = plan.adapter_state()

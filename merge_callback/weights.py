@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from merge_callback.cores import one_core_each
+from merge_callback.errors import MergeError
 from merge_callback.host_memory import keep_small_blocks, return_freed_memory
 from merge_callback.live import Weight
 from merge_callback.merging import Merging, check_finite
@@ -35,9 +37,22 @@ logger = logging.getLogger(__name__)
 
 
 def write_weights(
-    plan: Plan, options: MergeOptions, draft: Draft, places: Mapping[str, Path]
+    plan: Plan,
+    options: MergeOptions,
+    draft: Draft,
+    places: Mapping[str, Path],
+    stop: Event | None = None,
 ) -> dict[str, dict[str, Retention]]:
-    """All weight files; returns method -> weight -> how much of the adapter arrived."""
+    """All weight files; returns method -> weight -> how much of the adapter arrived.
+
+    Args:
+        stop: ends a merge behind a training. None: nothing else computes in this process, so
+            that freed memory is given back on the way. A training would have to take it anew: its
+            steps took 1.2 times as long (1.1B, of 32 tokens).
+
+    Raises:
+        MergeError: it was stopped.
+    """
     kept: dict[str, dict[str, Retention]] = {method: {} for method in plan.containers}
     for place in places.values():
         place.mkdir(exist_ok=True)
@@ -58,8 +73,10 @@ def write_weights(
                 _write_group(plan, group, encoded, writers, kept)
                 bar.set_postfix_str(group.weights[-1].key, refresh=False)
                 bar.update(len(group.weights))
+                if stop is not None and stop.is_set():
+                    raise MergeError("it was stopped, for the training was interrupted")
                 freed += sum(4 * prod(weight.stored.shape) for weight in group.weights)
-                if freed > _FREED:
+                if stop is None and freed > _FREED:
                     return_freed_memory()
                     freed = 0
     for method, writer in writers.items():
