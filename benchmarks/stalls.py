@@ -1,9 +1,9 @@
 """How long training is held up by merges behind it, and how much its steps slow down.
 
-    python benchmarks/stalls.py [--models 135M 1.1B] [--threads 1]
+    python benchmarks/stalls.py [--models 135M 1.1B] [--tokens 32] [--threads 1]
 
-A random Llama in NF4 is trained in float32 on one thread, so that a core is free, without the
-callback and with blocking=False, each in a process of its own. Told are seconds of start-up that
+A random Llama in NF4 is trained in float32 on one thread, so that a core is free, on one sequence a
+step, without the callback and with blocking=False, each in a process of its own. Told are seconds of start-up that
 the callback adds, seconds that each save held training up, the time that a bare copy of the adapter
 takes, and the median of the steps while a merge was under way, against the same steps of the run
 without. Exits with 1 when a goal is missed or losses differ.
@@ -25,7 +25,7 @@ SAVES, BETWEEN = 3, 6
 STALL, SLOWER, START = 0.05, 1.1, 0.2  # seconds beyond the adapter's copy; ratio; seconds
 
 
-def train(kind, base, output):
+def train(kind, base, output, tokens):
     import torch
     from datasets import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -56,7 +56,7 @@ def train(kind, base, output):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     model.train()
-    data = [{"input_ids": [i % 97 + j for j in range(32)]} for i in range(64)]
+    data = [{"input_ids": [i % 97 + j for j in range(int(tokens))]} for i in range(64)]
     rows = Dataset.from_list([row | {"labels": row["input_ids"]} for row in data])
     args = TrainingArguments(
         output, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=1,
@@ -104,9 +104,9 @@ def train(kind, base, output):
     }
 
 
-def run(kind, base, threads):
+def run(kind, base, tokens, threads):
     with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, __file__, "--one", kind, str(base), output]
+        command = [sys.executable, __file__, "--one", kind, str(base), output, tokens]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -118,17 +118,17 @@ def run(kind, base, threads):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(name, threads):
+def report(name, tokens, threads):
     """Print what was found of one model; the goals that it missed."""
     with tempfile.TemporaryDirectory() as root:
         base = Path(root) / "base"
         make_base(base, *MODELS[name])
-        plain, behind = (run(kind, base, threads) for kind in ("without", "behind"))
+        plain, behind = (run(kind, base, tokens, threads) for kind in ("without", "behind"))
     during = [i for i, (_, busy) in enumerate(behind["steps"]) if busy and i % BETWEEN]
     slower = statistics.median(behind["steps"][i][0] / plain["steps"][i][0] for i in during)
     stall = max(behind["stalls"]) - behind["copy"]
     step = statistics.median(step for step, _ in plain["steps"])
-    print(f"{name} on {machine()}, {threads} training thread(s)")
+    print(f"{name} on {machine()}, {threads} thread(s) to train, {tokens} tokens a step")
     print(f"start-up: {behind['start']:.3f} s in on_train_begin")
     print(f"held up: {', '.join(f'{s:.3f}' for s in behind['stalls'])} s at each save")
     print(f"a bare copy of the adapter: {behind['copy']:.3f} s")
@@ -148,13 +148,15 @@ def report(name, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["135M", "1.1B"])
+    parser.add_argument("--tokens", default="32", help="of a step")
     parser.add_argument("--threads", default="1")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(train(*arguments.one)))
         return
-    if missed := [told for name in arguments.models for told in report(name, arguments.threads)]:
+    rest = arguments.tokens, arguments.threads
+    if missed := [told for name in arguments.models for told in report(name, *rest)]:
         sys.exit("\n".join(missed))
 
 
