@@ -3,10 +3,10 @@
     python benchmarks/stalls.py [--models 135M 1.1B] [--tokens 32] [--threads 1]
 
 A random Llama in NF4 is trained in float32 on one thread, so that a core is free, on one sequence a
-step, without the callback and with blocking=False, each in a process of its own. Told are seconds of start-up that
-the callback adds, seconds that each save held training up, the time that a bare copy of the adapter
-takes, and the median of the steps while a merge was under way, against the same steps of the run
-without. Exits with 1 when a goal is missed or losses differ.
+step, without the callback and with blocking=False, each in a process of its own. Told are seconds
+of start-up that the callback adds, seconds that each save held training up, the time that a bare
+copy of the adapter takes, and the median of the steps while a merge was under way, against the same
+steps of the run without. Exits with 1 when a goal is missed or losses differ.
 """
 
 import argparse
