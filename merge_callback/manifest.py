@@ -52,7 +52,7 @@ def merge_manifest(
         "base": _base(plan),
         "merged_into": "original" if plan.from_original else "live",
         "adapters": list(plan.adapters),
-        "adapter_sha256": _adapter_hash(plan),
+        "adapter_sha256": adapter_hash(plan),
         "save_methods": list(plan.methods),
         "rounding": rounding,
         "calibration": calibration,
@@ -115,7 +115,8 @@ def _base(plan: Plan) -> dict[str, str | None]:
     return {"id": name, "revision": getattr(plan.model.config, "_commit_hash", None)}
 
 
-def _adapter_hash(plan: Plan) -> str:
+def adapter_hash(plan: Plan) -> str:
+    """sha256 of all that was trained: names, shapes, dtypes and values."""
     digest = hashlib.sha256()
     seen: set[int] = set()  # banks that many layers share count once
     for key, weight in sorted(plan.weights.items()):

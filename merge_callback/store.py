@@ -213,25 +213,28 @@ class MergeStore:
     def prune(
         self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
     ) -> list[str]:
-        """Remove all but the newest of the versions called `names`.
+        """Remove the versions that are `prunable`; their names."""
+        found = self.prunable(keep_last, names=names, keep_steps=keep_steps)
+        for version in found:
+            self._remove(version)
+        return [version.name for version in found]
+
+    def prunable(
+        self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
+    ) -> list[Version]:
+        """All but the newest of the versions called `names`, and but those still to be pushed.
 
         Args:
             keep_last: how many to leave, at least 1.
-            names: versions of other names are not touched.
-            keep_steps: steps, or best steps, whose versions stay.
-
-        Returns:
-            The names of those removed.
+            names: versions of other names are left.
+            keep_steps: steps, or best steps, whose versions are left.
         """
-        ours = [v for v in self.versions() if v.name in names]
-        removed = []
-        for version in ours[:-keep_last]:
+        found = []
+        for version in [v for v in self.versions() if v.name in names][:-keep_last]:
             steps = {version.manifest["step"], version.manifest["best_step"]}
-            if steps & keep_steps or push_marker(version.path).exists():
-                continue
-            self._remove(version)
-            removed.append(version.name)
-        return removed
+            if not steps & keep_steps and not push_marker(version.path).exists():
+                found.append(version)
+        return found
 
     def _claim_draft(self, name: str) -> tuple[Path, int]:
         """A draft of our own, and the open lock that says so."""

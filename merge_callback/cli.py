@@ -1,0 +1,421 @@
+"""The command line, `merge-callback`. It asks the library and prints; it knows nothing of how.
+
+Results go to stdout, as tables on a terminal, as tab-separated lines elsewhere, or with --json as
+one JSON value. What is said on the way goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
+
+OK, FAILED, USAGE, DIFFERS, INTERRUPTED = 0, 1, 2, 3, 130
+_DATA = "rows of text, messages, prompt and completion, or input_ids"
+_EPILOG = """\
+exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage; 3 files or models
+are not what they should be; 130 interrupted. Every command takes --json.
+"""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code.
+
+    Args:
+        arguments: None: those of the process.
+    """
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("merge_callback").setLevel(logging.INFO)
+    try:
+        code: int = given.command(given)
+        sys.stdout.flush()
+        return code
+    except (CorruptVersion, VerificationError) as error:
+        return _fail(error, DIFFERS)
+    except MergeError as error:
+        return _fail(error, FAILED)
+    except BrokenPipeError:  # a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(error: object, code: int) -> int:
+    text = "\n  - ".join(error.problems) if isinstance(error, MergeRefused) else error
+    print(f"merge-callback: {text}", file=sys.stderr)
+    return code
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from merge_callback.checkpoints import (
+        adapter_config,
+        load_adapter,
+        load_processor,
+        read_batches,
+        training_of,
+    )
+    from merge_callback.data import Data
+    from merge_callback.export import check_merge, export
+    from merge_callback.options import MergeOptions
+    from merge_callback.store import MergeStore
+
+    options = MergeOptions(
+        save_method=given.save_method,
+        rounding=given.rounding,
+        rounding_minutes=given.rounding_minutes,
+        verify=given.verify,
+        min_gain_kept=given.min_gain_kept,
+        max_kl=given.max_kl,
+        dtype=given.dtype,
+        max_shard_size=given.max_shard_size,
+        progress=sys.stderr.isatty() and not given.json,
+    )
+    if options.needs_data and given.data is None:
+        raise MergeRefused([f"rounding={given.rounding!r} needs --data"])
+    base = given.base or adapter_config(given.checkpoint).base_model_name_or_path
+    processor = load_processor(given.checkpoint, base)
+    rows = list(read_batches(given.data, processor)) if given.data else None
+    model = load_adapter(
+        given.checkpoint,
+        base,
+        load_in_4bit=given.load_in_4bit,
+        model_class=given.model_class,
+        device=given.device,
+    )
+    training = training_of(given.checkpoint)
+    store = MergeStore(given.output_dir)
+    plan = check_merge(model, store, options)
+    name = given.name or ("merged" if training.step is None else f"step-{training.step:08}")
+    result = export(
+        plan, store, options, name=name, processing_class=processor, training=training,
+        data=Data(training=rows),
+    )  # fmt: skip
+    if given.json:
+        paths = {method: str(path) for method, path in result.paths.items()}
+        _print_json({"version": result.version, "paths": paths, "manifest": result.manifest})
+    else:
+        _print_table([{"method": m, "directory": str(p)} for m, p in result.paths.items()])
+    return OK
+
+
+def _list(given: argparse.Namespace) -> int:
+    from merge_callback.store import push_marker
+
+    rows = []
+    for version in _store(given.root).versions():
+        manifest = version.manifest
+        found = _first_model(manifest)
+        rows.append(
+            {
+                "version": version.name,
+                "kind": manifest["kind"],
+                "created": manifest["created"],
+                "step": manifest["step"],
+                "methods": ",".join(manifest.get("save_methods", ())),
+                "rounding": manifest.get("rounding"),
+                "gain_kept": found.get("gain_kept"),
+                "kl": found.get("kl"),
+                "bytes": sum(record.size for record in version.records().values()),
+                "push": "pending" if push_marker(version.path).exists() else None,
+            }
+        )
+    _print_json(rows) if given.json else _print_table(rows)
+    return OK
+
+
+def _show(given: argparse.Namespace) -> int:
+    from merge_callback.report import report_text
+
+    version = _version(given.version)
+    try:
+        report = json.loads(version.file("merge_report.json").read_text())
+    except (OSError, ValueError):  # a rescued adapter has none, and one may have failed
+        report = {**version.manifest, "tensors": {}}
+    if given.json:
+        _print_json(report)
+    elif "save_methods" not in report:
+        _print_table([{key: report[key] for key in ("kind", "created", "step")}])
+    else:
+        _print_markdown(report_text(report, report["tensors"]))
+    return OK
+
+
+def _verify(given: argparse.Namespace) -> int:
+    version = _version(given.version)
+    _store(version.path.parent).verify(version)
+    told = {"version": version.name, "files": len(version.records()), "sound": True}
+    if given.against:
+        from merge_callback.checkpoints import load_adapter
+        from merge_callback.manifest import adapter_hash
+        from merge_callback.options import MergeOptions
+        from merge_callback.plan import make_plan
+
+        model = load_adapter(given.against, given.base, load_in_4bit=given.load_in_4bit)
+        options = MergeOptions(save_method=version.manifest.get("save_methods"))
+        found = adapter_hash(make_plan(model, options))
+        if found != version.manifest.get("adapter_sha256"):
+            raise CorruptVersion(f"{version.path} was not made of the adapter in {given.against}")
+        told["adapter"] = "same"
+    _print_json(told) if given.json else _print_table([told])
+    return OK
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from merge_callback.checkpoints import load_processor, read_batches
+    from merge_callback.compare import compare
+
+    for directory in (given.a, given.b):
+        if not Path(directory, "config.json").is_file():
+            raise MergeRefused([f"{directory} has no config.json: it is no directory of a model"])
+    batches = list(read_batches(given.data, load_processor(given.a, given.b)))
+    found = asdict(compare(given.a, given.b, batches))
+    if given.json:
+        _print_json(found)
+    else:
+        _print_table([{"figure": name, "value": value} for name, value in found.items()])
+    return DIFFERS if given.max_kl is not None and not (found["kl"] or 0) <= given.max_kl else OK
+
+
+def _push(given: argparse.Namespace) -> int:
+    from merge_callback.uploads import push_version
+
+    done = push_version(
+        given.version,
+        given.repo_id,
+        private=not given.public,
+        revision=given.revision,
+        progress=sys.stderr.isatty() and not given.json,
+    )
+    told = {"repo_id": done.repo_id, "tag": done.tag, "commit": done.commit, "url": done.url}
+    _print_json(told) if given.json else _print_table([told])
+    return OK
+
+
+def _prune(given: argparse.Namespace) -> int:
+    store = _store(given.root)
+    names = {v.name for v in store.versions() if v.manifest["kind"] == "merged"}
+    found = store.prunable(given.keep, names=names, keep_steps=frozenset())
+    if given.yes:
+        store.prune(given.keep, names=names, keep_steps=frozenset())
+    rows = [{"version": version.name, "removed": given.yes} for version in found]
+    _print_json(rows) if given.json else _print_table(rows)
+    if found and not given.yes:
+        print("nothing was removed; --yes removes them", file=sys.stderr)
+    return OK
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    rows = [{"check": name, "found": found, "advice": advice} for name, found, advice in _checks()]
+    _print_json(rows) if given.json else _print_table(rows)
+    return OK
+
+
+def _checks() -> Sequence[tuple[str, str, str | None]]:
+    """What matters to a merge on this machine: what it is, what was found, what to do about it."""
+    import torch
+
+    from merge_callback.manifest import libraries
+
+    rows: list[tuple[str, str, str | None]] = [("python", platform.python_version(), None)]
+    for name, version in libraries().items():
+        missing = "pip install 'merge-callback[bnb]' for 4-bit bases"
+        rows.append((name, version or "missing", None if version else missing))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+            rows.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory}", None))
+    else:
+        rows.append(("device", f"cpu, {os.cpu_count()} cores", None))
+        slow = not _has_bf16()
+        advice = "comparing outputs is slow here: lower verify_tokens" if slow else None
+        rows.append(("bfloat16 products", "emulated" if slow else "native", advice))
+    free = shutil.disk_usage(os.curdir).free
+    rows.append(("disk, here", f"{free / 1e9:.1f} GB free", None))
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        rows.append(
+            ("HF_HUB_OFFLINE", os.environ["HF_HUB_OFFLINE"], "pushing fails while it is set")
+        )
+    from huggingface_hub import get_token
+
+    token = get_token()
+    rows.append(
+        ("Hub token", "found" if token else "none", None if token else "hf auth login, to push")
+    )
+    try:
+        import matplotlib
+    except ImportError:
+        rows.append(("matplotlib", "missing", "pip install 'merge-callback[plot]' for plots"))
+    else:
+        rows.append(("matplotlib", matplotlib.__version__, None))
+    return rows
+
+
+def _has_bf16() -> bool:
+    import torch
+
+    return "avx512_bf16" in _cpu_flags() or torch.backends.cpu.get_cpu_capability() == "AMX"
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _store(root: str | Path) -> Any:
+    from merge_callback.store import MergeStore
+
+    if not Path(root).is_dir():
+        raise MergeRefused([f"{root} is no directory"])
+    return MergeStore(root)
+
+
+def _version(path: str) -> Any:
+    place = Path(path).absolute()
+    return _store(place.parent).version(place.name)
+
+
+def _first_model(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    models = (manifest.get("verification") or {}).get("models") or {}
+    return next(iter(models.values()), {})
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(rows: Rows) -> None:
+    if not rows:
+        return
+    columns = list(rows[0])
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    if not sys.stdout.isatty():
+        for line in (columns, *cells):
+            print("\t".join(line))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, header_style="bold")
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def _print_markdown(text: str) -> None:
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="merge-callback",
+        description="Merge LoRA adapters into their base, and look after what was merged.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_own_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print one JSON value")
+        added.set_defaults(command=run)
+        return added
+
+    merge = command("merge", _merge, "merge a saved adapter into its base")
+    merge.add_argument("checkpoint", help="directory with an adapter_config.json")
+    _add_base(merge)
+    merge.add_argument("--output-dir", default="merged", help="where versions go [merged]")
+    merge.add_argument("--name", help="of the version [step-<step>, or merged]")
+    methods = ("merged_4bit", "merged_16bit", "lora")
+    merge.add_argument("--save-method", nargs="+", choices=methods, help="[as the base is]")
+    roundings = ("auto", "tuned", "calibrated", "stochastic", "nearest")
+    merge.add_argument("--rounding", default="auto", choices=roundings, help="[auto]")
+    merge.add_argument("--rounding-minutes", type=float, metavar="MINUTES")
+    merge.add_argument("--data", metavar="FILE.jsonl", help=_DATA + ", to round and verify with")
+    merge.add_argument("--no-verify", dest="verify", action="store_false")
+    merge.add_argument("--min-gain-kept", type=float, metavar="SHARE")
+    merge.add_argument("--max-kl", type=float, metavar="NATS")
+    merge.add_argument("--dtype", help="of merged_16bit [as the base has it]")
+    merge.add_argument("--max-shard-size", default="5GB", help="[5GB]")
+    merge.add_argument("--model-class", metavar="NAME", help="of transformers [that of the task]")
+    merge.add_argument("--device", help="[cuda where there is one]")
+
+    listed = command("list", _list, "list versions, the oldest first")
+    listed.add_argument("root", help="directory of versions, e.g. <output_dir>/_merged")
+
+    show = command("show", _show, "show the report of a version")
+    show.add_argument("version", help="directory of a version")
+
+    verify = command("verify", _verify, "compare the files of a version with their checksums")
+    verify.add_argument("version", help="directory of a version")
+    verify.add_argument("--against", metavar="CHECKPOINT", help="is it made of this adapter?")
+    _add_base(verify)
+
+    compared = command("compare", _compare, "compare what two models say")
+    compared.add_argument("a", help="directory of a model")
+    compared.add_argument("b", help="directory of another")
+    compared.add_argument("--data", metavar="FILE.jsonl", required=True, help=_DATA)
+    compared.add_argument("--max-kl", type=float, metavar="NATS", help="exit with 3 above it")
+
+    push = command("push", _push, "push a version to the Hub, or finish a push that was cut off")
+    push.add_argument("version", help="directory of a version")
+    push.add_argument("repo_id", nargs="?", help="[where a push that was cut off was going to]")
+    push.add_argument("--public", action="store_true", help="if the repository has to be made")
+    push.add_argument("--revision", default="main", help="branch with the newest version [main]")
+
+    prune = command("prune", _prune, "remove old versions; without --yes, list them")
+    prune.add_argument("root", help="directory of versions")
+    prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help="the newest N")
+    prune.add_argument("--yes", action="store_true", help="remove them")
+
+    command("doctor", _doctor, "tell what matters to a merge on this machine")
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="directory or id [the one that the adapter names]")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="quantise a 16-bit base to NF4, as QLoRA does"
+    )
+
+
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _own_version() -> str:
+    from merge_callback import __version__
+
+    return f"merge-callback {__version__}"

@@ -1,0 +1,185 @@
+"""The command line: what it prints, what it exits with, and that it does what the library does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import qlora, same, tokenizer
+from safetensors.torch import load_file
+from test_callback import TEXTS, listing, sft
+
+from merge_callback import MergeOnSaveCallback, merge_adapter
+from merge_callback.checkpoints import read_batches
+from merge_callback.cli import main
+
+
+def said(capsys, *arguments):
+    """Exit code and JSON of a command."""
+    code = main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two checkpoints, and what the callback merged at each."""
+    path = tmp_path_factory.mktemp("run")
+    callback = MergeOnSaveCallback(merge_on_save=True, rounding="nearest")
+    sft(path, callback, save_strategy="steps", save_steps=3).train()
+    return path
+
+
+@pytest.fixture
+def exports(tmp_path):
+    """Two versions of one model, in 4 and 16 bits."""
+    model = qlora(tmp_path)
+    for _ in range(2):
+        merge_adapter(
+            model, tmp_path / "out", save_method=["merged_4bit", "merged_16bit"], progress=False
+        )
+    return tmp_path / "out"
+
+
+def test_a_checkpoint_is_merged_as_the_callback_merged_it(run, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    code, found = said(
+        capsys, "merge", run / "run/checkpoint-3", "--load-in-4bit", "--rounding", "nearest",
+        "--output-dir", tmp_path / "out", "--data", data,
+    )  # fmt: skip
+    assert (code, found["version"]) == (0, "step-00000003")
+    ours = tmp_path / "out/step-00000003"
+    theirs = run / "run/_merged/step-00000003"
+    assert found["paths"] == {"merged_4bit": str(ours)}
+    assert same(*(load_file(path / "model.safetensors") for path in (ours, theirs)))
+    assert {p.name for p in theirs.iterdir()} == {p.name for p in ours.iterdir()}
+    assert found["manifest"]["verification"]["models"]["merged_4bit"]["rows"] > 0
+    code, told = said(
+        capsys, "verify", ours, "--against", run / "run/checkpoint-3", "--load-in-4bit"
+    )
+    assert code == 0 and told["adapter"] == "same"
+    other = run / "run/checkpoint-6"
+    assert main(["verify", str(ours), "--against", str(other), "--load-in-4bit"]) == 3
+    assert "was not made of the adapter in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, code, told",
+    [
+        (["merge", "{run}/run"], 1, "there is one in checkpoint-3, checkpoint-6"),
+        (["merge", "{run}/run/checkpoint-3", "--rounding", "tuned"], 1, "needs --data"),
+        (["merge", "{run}/run/checkpoint-3", "--base", "{run}/none"], 1, "does not load"),
+        (["merge", "{run}/run/checkpoint-3", "--data", "{run}/none"], 1, "cannot be read"),
+        (["merge", "{run}/run/checkpoint-3", "--model-class", "Nothing"], 1, "no class Nothing"),
+        (["list", "{run}/none"], 1, "is no directory"),
+        (["show", "{run}/run/checkpoint-3"], 3, "it is not a published version"),
+        (["push", "{run}/run/_merged/step-00000003"], 1, "is pending; give a repo_id"),
+        (["compare", "{run}", "{run}", "--data", "{run}/none"], 1, "has no config.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_traceback(run, arguments, code, told, capsys):
+    assert main([argument.format(run=run) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    assert told in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("row", ['{"no": 1}', "no json", '{"text": 5}', "[1]"])
+def test_a_row_that_cannot_be_used_is_named(run, tmp_path, row, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "good"}\n\n' + row)
+    checkpoint = str(run / "run/checkpoint-3")
+    assert (
+        main(["merge", checkpoint, "--data", str(data), "--output-dir", str(tmp_path / "o")]) == 1
+    )
+    assert f"{data}, line 3: " in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_a_prompt_says_is_no_label(tmp_path):
+    words, data = tokenizer(), tmp_path / "data.jsonl"
+    row = {"prompt": TEXTS[0], "completion": " " + TEXTS[1]}
+    data.write_text(json.dumps(row) + "\n" + json.dumps({"text": TEXTS[0]}))
+    one, other = read_batches(data, words)
+    before = len(words(TEXTS[0])["input_ids"])
+    assert one["input_ids"][0].tolist() == words(TEXTS[0] + " " + TEXTS[1])["input_ids"]
+    assert one["labels"][0, :before].tolist() == [-100] * before
+    assert torch.equal(one["labels"][0, before:], one["input_ids"][0, before:])
+    assert torch.equal(other["labels"], other["input_ids"])
+
+
+def test_versions_are_listed_shown_and_verified(exports, capsys):
+    code, rows = said(capsys, "list", exports)
+    assert code == 0 and [row["version"] for row in rows] == ["merged", "merged-v2"]
+    assert rows[0]["methods"] == "merged_4bit,merged_16bit" and rows[0]["rounding"] == "stochastic"
+    assert rows[0]["bytes"] > 1000 and rows[0]["push"] is None
+    assert main(["list", str(exports)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("\t") == list(rows[0]) and lines[1].startswith("merged\tmerged\t20")
+    code, report = said(capsys, "show", exports / "merged")
+    assert report == json.loads((exports / "merged/merge_report.json").read_text())
+    assert main(["show", str(exports / "merged")]) == 0
+    assert capsys.readouterr().out == (exports / "merged/merge_report.md").read_text()
+    assert said(capsys, "verify", exports / "merged")[0] == 0
+    file = exports / "merged/merged_4bit/model.safetensors"
+    *rest, last = file.read_bytes()
+    file.write_bytes(bytes([*rest, last ^ 1]))
+    assert main(["verify", str(exports / "merged")]) == 3
+    assert "merged_4bit/model.safetensors" in capsys.readouterr().err
+
+
+def test_models_are_compared(exports, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = [{"input_ids": [1 + i, 5, 9, 30, 2 + i]} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    four, sixteen = exports / "merged/merged_4bit", exports / "merged/merged_16bit"
+    code, same_model = said(capsys, "compare", four, four, "--data", data)
+    assert code == 0 and same_model["kl"] == pytest.approx(0, abs=1e-12)
+    assert same_model["rows"] == 16
+    code, found = said(capsys, "compare", sixteen, four, "--data", data, "--max-kl", "1e-9")
+    assert code == 3 and found["kl"] > 1e-9
+    assert main(["compare", str(sixteen), str(four), "--data", str(data)]) == 0
+    assert "kl\t" in capsys.readouterr().out
+
+
+def test_versions_are_pruned_when_it_is_said_twice(exports, capsys):
+    code, rows = said(capsys, "prune", exports, "--keep", "1")
+    assert code == 0 and rows == [{"version": "merged", "removed": False}]
+    assert listing(exports, "") == ["merged", "merged-v2"]
+    assert said(capsys, "prune", exports, "--keep", "1", "--yes")[1][0]["removed"]
+    assert listing(exports, "") == ["merged-v2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", str(exports), "--keep", "0"])
+    assert ended.value.code == 2
+
+
+def test_a_version_is_pushed(exports, hub_client, capsys):
+    code, found = said(capsys, "push", exports / "merged", "me/model")
+    assert code == 0 and found["repo_id"] == "me/model" and found["tag"] == "merged"
+
+
+def test_the_doctor_tells_versions(capsys):
+    code, rows = said(capsys, "doctor")
+    found = {row["check"]: row["found"] for row in rows}
+    assert code == 0 and found["torch"] == torch.__version__ and "Hub token" in found
+
+
+def test_it_runs_as_a_module_into_a_pipe_and_on_a_terminal(exports):
+    command = [sys.executable, "-m", "merge_callback", "list", str(exports)]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(piped.stdout.splitlines()) == 3
+    leader, follower = os.openpty()
+    subprocess.run(command, stdout=follower, check=True, env=os.environ | {"COLUMNS": "200"})
+    os.close(follower)
+    shown = os.read(leader, 100_000).decode()
+    assert "merged-v2" in shown and "┃" in shown and "\t" not in shown
+
+
+def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["nothing"])
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "exit codes" in capsys.readouterr().out
