@@ -109,7 +109,7 @@ def outcome(run):
 def failing_behind(root):
     """A merge behind the training fails, in the one process that makes it."""
 
-    def fails(*args):
+    def fails(*args, **settings):
         raise MergeError("the disk is full")
 
     merge_callback.behind.export_snapshot = fails
