@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,6 @@ from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 from merge_callback.batches import Batch
 from merge_callback.errors import MergeRefused
 from merge_callback.manifest import Training
-
-logger = logging.getLogger(__name__)
 
 # What PEFT calls a task -> the class that transformers has for it.
 _CLASSES = {
@@ -41,7 +38,10 @@ def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
     """
     place = Path(checkpoint)
     if (place / _ADAPTER).is_file():
-        return PeftConfig.from_pretrained(str(place))
+        try:
+            return PeftConfig.from_pretrained(str(place))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MergeRefused([f"{place / _ADAPTER} cannot be read: {error}"]) from error
     others = sorted(found.parent.name for found in place.glob(f"*/{_ADAPTER}"))
     there = f"; there is one in {', '.join(others)}" if others else ""
     raise MergeRefused([f"{place} has no {_ADAPTER}: it is no saved adapter{there}"])
@@ -73,10 +73,10 @@ def load_adapter(
     name = base or config.base_model_name_or_path
     if not name:
         raise MergeRefused([f"{checkpoint} does not name its base; give one"])
-    cls = getattr(
+    cls: Any = getattr(
         transformers, model_class or _CLASSES.get(config.task_type, _CLASSES["CAUSAL_LM"]), None
     )
-    if cls is None:
+    if not hasattr(cls, "from_pretrained"):
         raise MergeRefused([f"transformers has no class {model_class}"])
     settings: dict[str, Any] = {"dtype": "auto"}
     settings["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def load_adapter(
         )
     try:
         model = cls.from_pretrained(name, **settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise MergeRefused([f"the base {name} does not load: {error}"]) from error
     try:
         return PeftModel.from_pretrained(model, str(checkpoint))
@@ -122,7 +122,7 @@ def read_batches(path: str | os.PathLike[str], processor: Any) -> Iterator[Batch
 
     Args:
         path: rows have `input_ids`; or `text`, `messages`, or `prompt` and `completion`, which
-            `processor` makes tokens of. What a prompt says does not count as label.
+            `processor` makes tokens of, 2048 at most. What a prompt says does not count as label.
         processor: tokenizer, or processor with one.
 
     Raises:
@@ -130,16 +130,18 @@ def read_batches(path: str | os.PathLike[str], processor: Any) -> Iterator[Batch
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")  # splitlines would split within strings
     except (OSError, UnicodeDecodeError) as error:
         raise MergeRefused([f"{path} cannot be read: {error}"]) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 tokens, prompt = _tokens(json.loads(line), tokenizer)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                ids = torch.tensor([tokens[:_LONGEST]], dtype=torch.long)
+            except Exception as error:  # of a tokenizer or its template, too
                 raise MergeRefused([f"{path}, line {number}: {error}"]) from error
-            ids = torch.tensor([tokens[:_LONGEST]])
+            if not ids.numel():
+                raise MergeRefused([f"{path}, line {number}: there is nothing in it"])
             labels = ids.clone()
             labels[:, :prompt] = -100
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -10,22 +10,20 @@ import argparse
 import json
 import logging
 import os
-import platform
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
+from merge_callback.terminal import print_json, print_markdown, print_table
 
-OK, FAILED, USAGE, DIFFERS, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, DIFFERS, INTERRUPTED = 0, 1, 3, 130  # 2 is argparse's
 _DATA = "rows of text, messages, prompt and completion, or input_ids"
 _EPILOG = """\
 exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage; 3 files or models
 are not what they should be; 130 interrupted. Every command takes --json.
 """
-Rows = Sequence[Mapping[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # a pager that was left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        return _fail(error, FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
 
@@ -76,14 +76,17 @@ def _merge(given: argparse.Namespace) -> int:
         rounding=given.rounding,
         rounding_minutes=given.rounding_minutes,
         verify=given.verify,
+        verify_tokens=given.verify_tokens,
         min_gain_kept=given.min_gain_kept,
         max_kl=given.max_kl,
         dtype=given.dtype,
         max_shard_size=given.max_shard_size,
         progress=sys.stderr.isatty() and not given.json,
     )
-    if options.needs_data and given.data is None:
-        raise MergeRefused([f"rounding={given.rounding!r} needs --data"])
+    limits = given.min_gain_kept is not None or given.max_kl is not None
+    if given.data is None and (options.needs_data or limits):
+        what = "a limit of what is lost" if limits else f"--rounding {given.rounding}"
+        raise MergeRefused([f"{what} needs --data"])
     base = given.base or adapter_config(given.checkpoint).base_model_name_or_path
     processor = load_processor(given.checkpoint, base)
     rows = list(read_batches(given.data, processor)) if given.data else None
@@ -104,9 +107,9 @@ def _merge(given: argparse.Namespace) -> int:
     )  # fmt: skip
     if given.json:
         paths = {method: str(path) for method, path in result.paths.items()}
-        _print_json({"version": result.version, "paths": paths, "manifest": result.manifest})
+        print_json({"version": result.version, "paths": paths, "manifest": result.manifest})
     else:
-        _print_table([{"method": m, "directory": str(p)} for m, p in result.paths.items()])
+        print_table([{"method": m, "directory": str(p)} for m, p in result.paths.items()])
     return OK
 
 
@@ -131,7 +134,7 @@ def _list(given: argparse.Namespace) -> int:
                 "push": "pending" if push_marker(version.path).exists() else None,
             }
         )
-    _print_json(rows) if given.json else _print_table(rows)
+    print_json(rows) if given.json else print_table(rows)
     return OK
 
 
@@ -142,13 +145,13 @@ def _show(given: argparse.Namespace) -> int:
     try:
         report = json.loads(version.file("merge_report.json").read_text())
     except (OSError, ValueError):  # a rescued adapter has none, and one may have failed
-        report = {**version.manifest, "tensors": {}}
+        report = version.manifest
     if given.json:
-        _print_json(report)
+        print_json(report)
     elif "save_methods" not in report:
-        _print_table([{key: report[key] for key in ("kind", "created", "step")}])
+        print_table([{key: report[key] for key in ("kind", "created", "step")}])
     else:
-        _print_markdown(report_text(report, report["tensors"]))
+        print_markdown(report_text(report, report.get("tensors", {})))
     return OK
 
 
@@ -162,13 +165,12 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.options import MergeOptions
         from merge_callback.plan import make_plan
 
-        model = load_adapter(given.against, given.base, load_in_4bit=given.load_in_4bit)
-        options = MergeOptions(save_method=version.manifest.get("save_methods"))
-        found = adapter_hash(make_plan(model, options))
+        model = load_adapter(given.against, given.base)
+        found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))
         if found != version.manifest.get("adapter_sha256"):
             raise CorruptVersion(f"{version.path} was not made of the adapter in {given.against}")
         told["adapter"] = "same"
-    _print_json(told) if given.json else _print_table([told])
+    print_json(told) if given.json else print_table([told])
     return OK
 
 
@@ -184,10 +186,13 @@ def _compare(given: argparse.Namespace) -> int:
     batches = list(read_batches(given.data, load_processor(given.a, given.b)))
     found = asdict(compare(given.a, given.b, batches))
     if given.json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_table([{"figure": name, "value": value} for name, value in found.items()])
-    return DIFFERS if given.max_kl is not None and not (found["kl"] or 0) <= given.max_kl else OK
+        print_table([{"figure": name, "value": value} for name, value in found.items()])
+    if given.max_kl is None:
+        return OK
+    near = found["finite"] and found["kl"] is not None and found["kl"] <= given.max_kl
+    return OK if near else DIFFERS
 
 
 def _push(given: argparse.Namespace) -> int:
@@ -201,81 +206,32 @@ def _push(given: argparse.Namespace) -> int:
         progress=sys.stderr.isatty() and not given.json,
     )
     told = {"repo_id": done.repo_id, "tag": done.tag, "commit": done.commit, "url": done.url}
-    _print_json(told) if given.json else _print_table([told])
+    print_json(told) if given.json else print_table([told])
     return OK
 
 
 def _prune(given: argparse.Namespace) -> int:
     store = _store(given.root)
-    names = {v.name for v in store.versions() if v.manifest["kind"] == "merged"}
-    found = store.prunable(given.keep, names=names, keep_steps=frozenset())
+    merged = [v for v in store.versions() if v.manifest["kind"] == "merged"]
+    best = frozenset(v.manifest["best_step"] for v in merged) - {None}
+    names = {v.name for v in merged}
     if given.yes:
-        store.prune(given.keep, names=names, keep_steps=frozenset())
-    rows = [{"version": version.name, "removed": given.yes} for version in found]
-    _print_json(rows) if given.json else _print_table(rows)
+        found = store.prune(given.keep, names=names, keep_steps=best)
+    else:
+        found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
+    rows = [{"version": name, "removed": given.yes} for name in found]
+    print_json(rows) if given.json else print_table(rows)
     if found and not given.yes:
         print("nothing was removed; --yes removes them", file=sys.stderr)
     return OK
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    rows = [{"check": name, "found": found, "advice": advice} for name, found, advice in _checks()]
-    _print_json(rows) if given.json else _print_table(rows)
+    from merge_callback.doctor import examine
+
+    rows = list(examine())
+    print_json(rows) if given.json else print_table(rows)
     return OK
-
-
-def _checks() -> Sequence[tuple[str, str, str | None]]:
-    """What matters to a merge on this machine: what it is, what was found, what to do about it."""
-    import torch
-
-    from merge_callback.manifest import libraries
-
-    rows: list[tuple[str, str, str | None]] = [("python", platform.python_version(), None)]
-    for name, version in libraries().items():
-        missing = "pip install 'merge-callback[bnb]' for 4-bit bases"
-        rows.append((name, version or "missing", None if version else missing))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            memory = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-            rows.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory}", None))
-    else:
-        rows.append(("device", f"cpu, {os.cpu_count()} cores", None))
-        slow = not _has_bf16()
-        advice = "comparing outputs is slow here: lower verify_tokens" if slow else None
-        rows.append(("bfloat16 products", "emulated" if slow else "native", advice))
-    free = shutil.disk_usage(os.curdir).free
-    rows.append(("disk, here", f"{free / 1e9:.1f} GB free", None))
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        rows.append(
-            ("HF_HUB_OFFLINE", os.environ["HF_HUB_OFFLINE"], "pushing fails while it is set")
-        )
-    from huggingface_hub import get_token
-
-    token = get_token()
-    rows.append(
-        ("Hub token", "found" if token else "none", None if token else "hf auth login, to push")
-    )
-    try:
-        import matplotlib
-    except ImportError:
-        rows.append(("matplotlib", "missing", "pip install 'merge-callback[plot]' for plots"))
-    else:
-        rows.append(("matplotlib", matplotlib.__version__, None))
-    return rows
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    return "avx512_bf16" in _cpu_flags() or torch.backends.cpu.get_cpu_capability() == "AMX"
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 def _store(root: str | Path) -> Any:
@@ -296,44 +252,6 @@ def _first_model(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(models.values()), {})
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _print_table(rows: Rows) -> None:
-    if not rows:
-        return
-    columns = list(rows[0])
-    cells = [[_cell(row[column]) for column in columns] for row in rows]
-    if not sys.stdout.isatty():
-        for line in (columns, *cells):
-            print("\t".join(line))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, header_style="bold")
-    for line in cells:
-        table.add_row(*line)
-    Console().print(table)
-
-
-def _print_markdown(text: str) -> None:
-    if not sys.stdout.isatty():
-        print(text, end="")
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console().print(Markdown(text))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="merge-callback",
@@ -352,7 +270,10 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = command("merge", _merge, "merge a saved adapter into its base")
     merge.add_argument("checkpoint", help="directory with an adapter_config.json")
-    _add_base(merge)
+    merge.add_argument("--base", help="directory or id [the one that the adapter names]")
+    merge.add_argument(
+        "--load-in-4bit", action="store_true", help="quantise a 16-bit base to NF4, as QLoRA does"
+    )
     merge.add_argument("--output-dir", default="merged", help="where versions go [merged]")
     merge.add_argument("--name", help="of the version [step-<step>, or merged]")
     methods = ("merged_4bit", "merged_16bit", "lora")
@@ -362,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--rounding-minutes", type=float, metavar="MINUTES")
     merge.add_argument("--data", metavar="FILE.jsonl", help=_DATA + ", to round and verify with")
     merge.add_argument("--no-verify", dest="verify", action="store_false")
+    merge.add_argument("--verify-tokens", type=int, default=8192, metavar="N", help="[8192]")
     merge.add_argument("--min-gain-kept", type=float, metavar="SHARE")
     merge.add_argument("--max-kl", type=float, metavar="NATS")
     merge.add_argument("--dtype", help="of merged_16bit [as the base has it]")
@@ -378,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "compare the files of a version with their checksums")
     verify.add_argument("version", help="directory of a version")
     verify.add_argument("--against", metavar="CHECKPOINT", help="is it made of this adapter?")
-    _add_base(verify)
+    verify.add_argument("--base", help="of the checkpoint [the one that it names]")
 
     compared = command("compare", _compare, "compare what two models say")
     compared.add_argument("a", help="directory of a model")
@@ -392,20 +314,15 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--public", action="store_true", help="if the repository has to be made")
     push.add_argument("--revision", default="main", help="branch with the newest version [main]")
 
-    prune = command("prune", _prune, "remove old versions; without --yes, list them")
+    prune = command(
+        "prune", _prune, "remove old versions, never a best step's; without --yes, list them"
+    )
     prune.add_argument("root", help="directory of versions")
     prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help="the newest N")
     prune.add_argument("--yes", action="store_true", help="remove them")
 
     command("doctor", _doctor, "tell what matters to a merge on this machine")
     return parser
-
-
-def _add_base(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="directory or id [the one that the adapter names]")
-    parser.add_argument(
-        "--load-in-4bit", action="store_true", help="quantise a 16-bit base to NF4, as QLoRA does"
-    )
 
 
 def _at_least_1(text: str) -> int:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -530,6 +531,33 @@ def test_an_interrupted_training_does_not_wait_for_a_merge(tmp_path, monkeypatch
     assert len(written) == 1 and list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="there is no SIGTERM")
+def test_sigterm_ends_the_merge_that_is_under_way(tmp_path, monkeypatch):
+    begun, group = threading.Event(), merge_callback.weights._encode_group
+
+    def slowly(*args):
+        begun.set()
+        threading.Event().wait(1.0)  # 24 weights: longer than a training goes on after SIGTERM
+        return group(*args)
+
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 1
+            if state.global_step == 2:
+                assert begun.wait(30)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(merge_callback.weights, "_encode_group", slowly)
+    callback, before = MergeOnSaveCallback(**LATER), signal.getsignal(signal.SIGTERM)
+    settings = {"enable_jit_checkpoint": True, "max_steps": 100_000, "logging_steps": 1000}
+    try:
+        trainer(tmp_path, callback, Interrupts(), **settings).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    callback._behind.outcomes(wait=True)
+    assert listing(tmp_path) == []
+
+
 def test_a_second_training_has_nothing_to_do_with_merges_of_the_first(
     tmp_path, monkeypatch, caplog
 ):
@@ -559,12 +587,15 @@ def test_precision_is_that_of_the_training_not_of_a_choice_of_codes(tmp_path, mo
     monkeypatch.setattr(merge_callback.behind, "export_snapshot", export)
     behind = merge_callback.behind.Behind("coalesce")
     beside = Beside("then", None, Training(step=1))
+    gate = threading.Event()
+    behind._background.submit(0, gate.wait)  # so that the merge waits
     matmul.fp32_precision = "bf16"
     try:
         behind.merge(
             qlora(tmp_path), MergeStore(tmp_path / "out"), MergeOptions(), beside, list, print
         )
         with exact_maths(["cpu"]):  # as while the codes of a later step are chosen
+            gate.set()
             behind.outcomes(wait=True)
     finally:
         matmul.fp32_precision = "none"

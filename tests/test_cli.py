@@ -56,12 +56,10 @@ def test_a_checkpoint_is_merged_as_the_callback_merged_it(run, tmp_path, capsys)
     assert same(*(load_file(path / "model.safetensors") for path in (ours, theirs)))
     assert {p.name for p in theirs.iterdir()} == {p.name for p in ours.iterdir()}
     assert found["manifest"]["verification"]["models"]["merged_4bit"]["rows"] > 0
-    code, told = said(
-        capsys, "verify", ours, "--against", run / "run/checkpoint-3", "--load-in-4bit"
-    )
+    code, told = said(capsys, "verify", ours, "--against", run / "run/checkpoint-3")
     assert code == 0 and told["adapter"] == "same"
     other = run / "run/checkpoint-6"
-    assert main(["verify", str(ours), "--against", str(other), "--load-in-4bit"]) == 3
+    assert main(["verify", str(ours), "--against", str(other)]) == 3
     assert "was not made of the adapter in" in capsys.readouterr().err
 
 
@@ -73,6 +71,8 @@ def test_a_checkpoint_is_merged_as_the_callback_merged_it(run, tmp_path, capsys)
         (["merge", "{run}/run/checkpoint-3", "--base", "{run}/none"], 1, "does not load"),
         (["merge", "{run}/run/checkpoint-3", "--data", "{run}/none"], 1, "cannot be read"),
         (["merge", "{run}/run/checkpoint-3", "--model-class", "Nothing"], 1, "no class Nothing"),
+        (["merge", "{run}/run/checkpoint-3", "--model-class", "Trainer"], 1, "no class Trainer"),
+        (["merge", "{run}/run/checkpoint-3", "--max-kl", "1"], 1, "lost needs --data"),
         (["list", "{run}/none"], 1, "is no directory"),
         (["show", "{run}/run/checkpoint-3"], 3, "it is not a published version"),
         (["push", "{run}/run/_merged/step-00000003"], 1, "is pending; give a repo_id"),
@@ -85,7 +85,18 @@ def test_a_mistake_is_one_line_and_no_traceback(run, arguments, code, told, caps
     assert told in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
-@pytest.mark.parametrize("row", ['{"no": 1}', "no json", '{"text": 5}', "[1]"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"no": 1}',
+        "no json",
+        '{"text": 5}',
+        "[1]",
+        '{"input_ids": ["a"]}',
+        '{"input_ids": []}',
+        '{"messages": 5}',
+    ],
+)
 def test_a_row_that_cannot_be_used_is_named(run, tmp_path, row, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "good"}\n\n' + row)
@@ -101,12 +112,35 @@ def test_what_a_prompt_says_is_no_label(tmp_path):
     words, data = tokenizer(), tmp_path / "data.jsonl"
     row = {"prompt": TEXTS[0], "completion": " " + TEXTS[1]}
     data.write_text(json.dumps(row) + "\n" + json.dumps({"text": TEXTS[0]}))
-    one, other = read_batches(data, words)
+    talk = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}]
+    more = [{"prompt": talk[:1], "completion": talk[1:]}, {"messages": talk}]
+    with data.open("a") as file:
+        file.writelines("\n" + json.dumps(row) for row in more)
+    one, other, chat, messages = read_batches(data, words)
+    assert torch.equal(chat["input_ids"], messages["input_ids"])
+    asked = words.apply_chat_template(talk[:1], return_dict=True)["input_ids"]
+    assert chat["labels"][0, : len(asked)].tolist() == [-100] * len(asked)
+    assert torch.equal(chat["labels"][0, len(asked) :], chat["input_ids"][0, len(asked) :])
+    assert torch.equal(messages["labels"], messages["input_ids"])
     before = len(words(TEXTS[0])["input_ids"])
     assert one["input_ids"][0].tolist() == words(TEXTS[0] + " " + TEXTS[1])["input_ids"]
     assert one["labels"][0, :before].tolist() == [-100] * before
     assert torch.equal(one["labels"][0, before:], one["input_ids"][0, before:])
     assert torch.equal(other["labels"], other["input_ids"])
+
+
+def test_a_row_may_have_separators_of_lines_in_its_text(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"w1{separator}w2"} for separator in ("\u2028", "\x85", "\u2029")]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    data.write_bytes(text.encode())
+    assert len(list(read_batches(data, tokenizer()))) == 3
+
+
+def test_an_adapter_that_cannot_be_read_is_refused(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert main(["merge", str(tmp_path)]) == 1
+    assert "adapter_config.json cannot be read" in capsys.readouterr().err
 
 
 def test_versions_are_listed_shown_and_verified(exports, capsys):
@@ -139,16 +173,27 @@ def test_models_are_compared(exports, tmp_path, capsys):
     assert same_model["rows"] == 16
     code, found = said(capsys, "compare", sixteen, four, "--data", data, "--max-kl", "1e-9")
     assert code == 3 and found["kl"] > 1e-9
+    assert said(capsys, "compare", sixteen, four, "--data", data, "--max-kl", "9")[0] == 0
     assert main(["compare", str(sixteen), str(four), "--data", str(data)]) == 0
     assert "kl\t" in capsys.readouterr().out
 
 
-def test_versions_are_pruned_when_it_is_said_twice(exports, capsys):
+def test_versions_are_pruned_when_it_is_said_twice(exports, tmp_path, capsys):
     code, rows = said(capsys, "prune", exports, "--keep", "1")
     assert code == 0 and rows == [{"version": "merged", "removed": False}]
     assert listing(exports, "") == ["merged", "merged-v2"]
     assert said(capsys, "prune", exports, "--keep", "1", "--yes")[1][0]["removed"]
     assert listing(exports, "") == ["merged-v2"]
+    model = qlora(tmp_path / "again")
+    for name in ("step-1", "step-2"):
+        merge_adapter(model, exports, name=name, progress=False, verify=False)
+    told = {"step-1": 1, "step-2": 2}
+    for name, step in told.items():
+        manifest = json.loads((exports / name / "merge_manifest.json").read_text())
+        manifest |= {"step": step, "best_step": 1 if step == 2 else None}
+        (exports / name / "merge_manifest.json").write_text(json.dumps(manifest))
+    rows = said(capsys, "prune", exports, "--keep", "1")[1]
+    assert [row["version"] for row in rows] == ["merged-v2"]  # step 1 was the best
     with pytest.raises(SystemExit) as ended:
         main(["prune", str(exports), "--keep", "0"])
     assert ended.value.code == 2

@@ -1,0 +1,47 @@
+"""Printing: tables on a terminal, tab-separated lines elsewhere. Knows nothing of what is said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """One JSON value."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys."""
+    if not rows:
+        return
+    columns = list(rows[0])
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    if not sys.stdout.isatty():
+        for line in (columns, *cells):
+            print("\t".join(line))
+        return
+    table = Table(*columns, header_style="bold")
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def print_markdown(text: str) -> None:
+    """As it is, or rendered on a terminal."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return
+    Console().print(Markdown(text))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
