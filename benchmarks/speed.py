@@ -203,7 +203,7 @@ def measure(contender, base, source, target):
 
 
 def profile(contender, base, target):
-    """What torch computes in a merge, in CPU seconds of all threads, the costliest first."""
+    """What torch does in a merge, in seconds summed over its threads, the costliest first."""
     import torch
     from torch._C._profiler import _ExperimentalConfig
 
@@ -217,11 +217,13 @@ def profile(contender, base, target):
         wall, ended = time.perf_counter() - began, os.times()
     rows = [(e.key, e.self_cpu_time_total / 1e6, e.count) for e in found.key_averages()]
     rows = [row for row in rows if not row[0].startswith("[")]
-    cpu, computed = sum(ended[:4]) - sum(times[:4]), sum(row[1] for row in rows)
-    print(f"{contender}: {wall:.1f} s, of {cpu:.1f} CPU seconds {computed:.1f} in torch\n")
-    print("| operation | CPU, s | share | calls |\n|---|---|---|---|")
-    for key, seconds, count in sorted(rows, key=lambda row: -row[1])[:12]:
-        print(f"| {key} | {seconds:.2f} | {seconds / cpu:.0%} | {count} |")
+    cpu, torches = sum(ended[:4]) - sum(times[:4]), sum(row[1] for row in rows)
+    print(
+        f"{contender}: {wall:.1f} s, {cpu:.1f} CPU seconds; operations of torch {torches:.1f} s\n"
+    )
+    print("| operation | s | of torch's | calls |\n|---|---|---|---|")
+    for key, seconds, count in sorted(rows, key=lambda row: -row[1])[:8]:
+        print(f"| {key} | {seconds:.2f} | {seconds / torches:.0%} | {count} |")
 
 
 def in_process(*arguments):

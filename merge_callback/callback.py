@@ -543,9 +543,8 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._keep_last is None:
             return saves
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
-        # Behind a training of several processes two may be published between two prunings.
-        behind = self._behind is not None and self._processes.count > 1
-        return min(saves, self._keep_last + (3 if behind else 2))
+        # Behind a training two may be published between two prunings.
+        return min(saves, self._keep_last + (2 if self._behind is None else 3))
 
 
 def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:

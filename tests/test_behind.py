@@ -92,6 +92,8 @@ def test_a_merge_behind_the_training_is_of_what_was_trained_then(tmp_path, monke
     assert sorted(callback.stalls) == [2, 4]
     history = [e for e in going.state.log_history if "merge/seconds" in e]
     assert [entry["step"] for entry in history] == [2, 4, 6]
+    waited = [e for e in waiting.state.log_history if "merge/seconds" in e]
+    assert [e["epoch"] for e in history] == pytest.approx([e["epoch"] for e in waited])
 
 
 def test_what_is_trained_whole_is_of_then_too(tmp_path, monkeypatch):
@@ -490,6 +492,15 @@ def test_a_process_that_is_forked_does_not_wait_for_merges_of_its_parent():
     assert ended == 0
 
 
+def test_room_is_asked_for_what_lies_on_the_disk_together(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for blocking, versions in ((True, 3), (False, 4)):
+        callback = MergeOnSaveCallback(**LATER | {"blocking": blocking}, keep_last=1)
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+        trainer(tmp_path / str(blocking), callback, **settings).train()
+        assert f"merges to come: {versions} of" in caplog.text
+
+
 def test_a_failed_job_holds_nothing_of_what_it_worked_on():
     class Heavy:
         pass
@@ -556,6 +567,9 @@ def test_sigterm_ends_the_merge_that_is_under_way(tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, before)
     callback._behind.outcomes(wait=True)
     assert listing(tmp_path) == []
+    monkeypatch.undo()
+    trainer(tmp_path / "again", callback, **EVERY_2).train()
+    assert [r.version for r in callback.results] == ["step-00000002", "step-00000004"]
 
 
 def test_a_second_training_has_nothing_to_do_with_merges_of_the_first(

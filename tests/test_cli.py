@@ -11,7 +11,7 @@ from models import qlora, same, tokenizer
 from safetensors.torch import load_file
 from test_callback import TEXTS, listing, sft
 
-from merge_callback import MergeOnSaveCallback, merge_adapter
+from merge_callback import Comparison, MergeOnSaveCallback, merge_adapter
 from merge_callback.checkpoints import read_batches
 from merge_callback.cli import main
 
@@ -176,6 +176,15 @@ def test_models_are_compared(exports, tmp_path, capsys):
     assert said(capsys, "compare", sixteen, four, "--data", data, "--max-kl", "9")[0] == 0
     assert main(["compare", str(sixteen), str(four), "--data", str(data)]) == 0
     assert "kl\t" in capsys.readouterr().out
+
+
+def test_models_without_scores_of_classes_are_not_within_a_limit(exports, tmp_path, monkeypatch):
+    none = Comparison(4, None, None, None, None, None, None, 0.0, True)
+    monkeypatch.setattr(sys.modules["merge_callback.compare"], "compare", lambda *args: none)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2]}')
+    four = str(exports / "merged/merged_4bit")
+    assert main(["compare", four, four, "--data", str(data), "--max-kl", "1"]) == 3
 
 
 def test_versions_are_pruned_when_it_is_said_twice(exports, tmp_path, capsys):

@@ -208,7 +208,9 @@ def test_figures_reach_tensorboard(tmp_path, given):
         for tag in events.Tags()["scalars"]:
             if "merge/" in tag:
                 scalars.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
-    assert {tag[tag.index("merge/") :] for tag in scalars} == FIGURES
+    assert {tag[tag.index("merge/") :] for tag in scalars} == FIGURES | {"merge/step"}
+    (steps,) = (points for tag, points in scalars.items() if tag.endswith("merge/step"))
+    assert steps == [(2, 2.0), (4, 4.0)]
     (kl,) = (points for tag, points in scalars.items() if tag.endswith("merge/kl"))
     wanted = [(entry["step"], entry["merge/kl"]) for entry in told(run)]
     assert [step for step, _ in kl] == [2, 4]
