@@ -47,8 +47,7 @@ def write_weights(
 
     Args:
         stop: ends a merge behind a training. None: nothing else computes in this process, so
-            that freed memory is given back on the way. A training would have to take it anew: its
-            steps took 1.2 times as long (1.1B, of 32 tokens).
+            that freed memory is given back on the way. A training would have to take it anew.
 
     Raises:
         MergeError: it was stopped.
