@@ -1,12 +1,11 @@
 """How the C library keeps memory that was freed. Knows nothing of tensors.
 
-glibc keeps up to 64 MiB of freed blocks at the top of its heap, and holes below it. Where the
-largest weight took 44 MiB in float32, the peak of a merge varied from 129 to 214 MiB between runs
-without giving that back, and from 122 to 160 MiB with it (1.1B, all methods in one pass).
+glibc keeps up to 64 MiB of freed blocks at the top of its heap, and holes below it, so the peak of
+a merge varied from run to run until they were given back.
 
 On the other hand it gives every block of more than 128 KiB back at once, and the next one costs a
-page fault for each 4 KiB, until it has seen a larger block freed: rounding a MiB to nearest took
-11.8 ns a value so, and 3.9 ns after it. Source: mallopt(3), M_MMAP_THRESHOLD.
+page fault for each 4 KiB, until it has seen a larger block freed. Source: mallopt(3),
+M_MMAP_THRESHOLD.
 """
 
 import ctypes
