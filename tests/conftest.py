@@ -11,6 +11,7 @@ import time
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.hub
 from hub_server import HubServer
 
 import merge_callback.hub
@@ -41,6 +42,8 @@ def hub_client(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    # Made once in a process, it keeps the endpoint of the test that happened to be first.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(merge_callback.hub, "DELAYS", (0.01, 0.02))

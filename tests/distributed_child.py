@@ -417,4 +417,6 @@ if __name__ == "__main__":
     found = MODES[mode](root)
     if found is not None:
         print(json.dumps(found), flush=True)
+    # A process that leaves while the other still reads from it ends that one by SIGABRT.
+    dist.barrier()
     dist.destroy_process_group()
