@@ -6,12 +6,37 @@ them after each operation. Whole weights are enough work to be given to one core
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier
+from typing import TypeVar
 
 import torch
+
+S, T = TypeVar("S"), TypeVar("T")
+
+
+def in_order(count: int, work: Callable[[S], T], items: Iterable[S]) -> Iterator[tuple[S, T]]:
+    """Each item and what comes of it, in order; `count` of them are worked on at a time.
+
+    Args:
+        count: how many threads of one core; 1: none, but this one with all cores that it has.
+    """
+    if count == 1:
+        for item in items:
+            yield item, work(item)
+        return
+    with one_core_each(count) as threads:
+        ahead: deque[tuple[S, Future[T]]] = deque()
+        for item in items:
+            ahead.append((item, threads.submit(work, item)))
+            if len(ahead) > count:
+                first, working = ahead.popleft()
+                yield first, working.result()
+        for item, working in ahead:
+            yield item, working.result()
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Grid, Rounded
 from merge_callback.sharding import storage, whole
 
+_THREADS = 2  # each more would hold one more weight
 _ADAPTERS = "<adapters>"  # announced in place of a weight's name
 
 
@@ -120,6 +121,19 @@ class Plan:
                     trained_state(self.peft_model)
             else:
                 whole(self.weights[key])
+
+    @property
+    def threads(self) -> int:
+        """How many weights are computed at a time, on one core each; 1: one, on all cores.
+
+        Several on the CPU, where each takes little memory. How many cores a weight has decides
+        about the last places of sums, so whoever wants the same values again has to ask.
+        """
+        weights = self.weights.values()
+        on_cpu = all(weight.stored.device.type == "cpu" for weight in weights)
+        whole = any(update.whole for weight in weights for update in weight.updates)
+        several = on_cpu and not whole and not self.sharded  # those are gathered in one order
+        return _THREADS if several and torch.get_num_threads() >= _THREADS else 1
 
     @property
     def base_is_4bit(self) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from math import prod
 from pathlib import Path
 from threading import Event
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from merge_callback.cores import one_core_each
+from merge_callback.cores import in_order
 from merge_callback.errors import MergeError
 from merge_callback.host_memory import keep_small_blocks, return_freed_memory
 from merge_callback.live import Weight
@@ -27,7 +26,6 @@ from merge_callback.retention import Retention, retention
 from merge_callback.shards import CheckpointWriter
 from merge_callback.store import Draft
 
-_THREADS = 2  # that make weights: each more would hold one more
 _FREED = 1 << 28  # bytes of float32 weights between two times that memory is given back
 
 # weight -> what each method writes of it, and how much of the adapter is in that
@@ -68,7 +66,7 @@ def write_weights(
         total = sum(len(group.weights) for group in plan.groups)
         with tqdm(total=total, desc="merge", unit="tensor", disable=not options.progress) as bar:
             freed = 0
-            for group, encoded in _encoded(plan):
+            for group, encoded in in_order(plan.threads, partial(_encode_group, plan), plan.groups):
                 _write_group(plan, group, encoded, writers, kept)
                 bar.set_postfix_str(group.weights[-1].key, refresh=False)
                 bar.update(len(group.weights))
@@ -82,34 +80,6 @@ def write_weights(
         prefix = places[method].relative_to(draft.path)
         draft.records |= {(prefix / file).as_posix(): r for file, r in writer.records.items()}
     return kept
-
-
-def _encoded(plan: Plan) -> Iterator[tuple[Group, _Encoded]]:
-    """All groups in order; on the CPU two weights are made at a time, and one written."""
-    if not _worth_threads(plan):
-        for group in plan.groups:
-            yield group, _encode_group(plan, group)
-        return
-    with one_core_each(_THREADS) as threads:
-        ahead: deque[tuple[Group, Future[_Encoded]]] = deque()
-        for group in plan.groups:
-            ahead.append((group, threads.submit(_encode_group, plan, group)))
-            if len(ahead) > _THREADS:
-                first, encoding = ahead.popleft()
-                yield first, encoding.result()
-        for group, encoding in ahead:
-            yield group, encoding.result()
-
-
-def _worth_threads(plan: Plan) -> bool:
-    """Whether several weights can be made at a time, each in little memory, on cores of their own.
-
-    The weights of a sharded model have to be gathered in one order.
-    """
-    weights = plan.weights.values()
-    on_cpu = all(weight.stored.device.type == "cpu" for weight in weights)
-    whole = any(update.whole for weight in weights for update in weight.updates)
-    return on_cpu and not whole and not plan.sharded and torch.get_num_threads() >= _THREADS
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from models import QUANTISED, qlora
+from models import QUANTISED, adapt, load_base, qlora, save_base
 from safetensors.torch import load_file
 
-from merge_callback import cores, merge_adapter, weights
+from merge_callback import cores, merge_adapter
 from merge_callback.adapters.lora import Dora, LowRank
 from merge_callback.adapters.tokens import Rows
 from merge_callback.codecs import encode, row_parts
@@ -112,7 +112,7 @@ def test_two_threads_write_the_bytes_of_one(tmp_path, monkeypatch, rounding):
         started.append(count)
         return start(count)
 
-    monkeypatch.setattr(weights, "one_core_each", counted)
+    monkeypatch.setattr(cores, "one_core_each", counted)
     torch.set_num_threads(2)
     try:
         together = merge_adapter(model, tmp_path / "out", verify=False, **settings)
@@ -123,6 +123,18 @@ def test_two_threads_write_the_bytes_of_one(tmp_path, monkeypatch, rounding):
     for method, path in alone.paths.items():
         one, other = (load_file(p / "model.safetensors") for p in (path, together.paths[method]))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_threads_are_verified_to_the_last_place_of_a_large_weight(tmp_path):
+    """torch adds 32,768 numbers and more, the scales of 2 million weights, in as many parts as it
+    has threads, and codes of scales next to a boundary go over it with the sum's last place."""
+    base = save_base(tmp_path / "base", intermediate_size=32768, num_hidden_layers=1)
+    model = adapt(load_base(base, "nf4-nested"))
+    torch.set_num_threads(2)
+    try:
+        merge_adapter(model, tmp_path / "out", rounding="nearest", progress=False)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_what_fails_in_a_thread_is_raised_and_publishes_nothing(tmp_path):

@@ -5,6 +5,7 @@ import logging
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ from merge_callback import (
 from merge_callback.adapters import lora
 from merge_callback.codecs import encode, plain
 from merge_callback.export import check_merge
+from merge_callback.merging import Merging
 from merge_callback.options import MergeOptions
 from merge_callback.processes import PeerError
 from merge_callback.store import Draft
-from merge_callback.verification import checks, outputs, rebuilt
+from merge_callback.verification import checks, outputs, rebuilt, tensors
 from merge_callback.verification.outputs import Speaker, compare_outputs
 from merge_callback.verification.rebuilt import layer_by_layer, rebuild
 
@@ -758,6 +760,40 @@ def test_rows_that_are_no_whole_blocks_are_written_as_the_format_has_them(tmp_pa
         float(((written - values) * delta).detach().sum() / (delta * delta).detach().sum()),
         abs=0.02,
     )
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_code_next_to_a_boundary_may_be_on_its_other_side(tmp_path, rounding):
+    """As on a device that adds in another order. One row that is wrong is more than that."""
+    model = qlora(tmp_path)
+    plan = check_merge(model, MergeStore(tmp_path / "out"), MergeOptions(rounding=rounding))
+    key = "model.layers.0.mlp.up_proj.weight"
+    weight, container = plan.weights[key], plan.containers["merged_4bit"][key]
+    merging = Merging(weight, {"": container}, torch.device("cpu"))
+    with torch.no_grad():
+        parts = list(merging)
+        written = torch.cat([part[""].reshape(-1) for *_, part in parts])
+        exact = torch.cat([merged.reshape(-1) for _, merged, _ in parts])
+
+        def broken(values):
+            there = values.bfloat16().view(weight.stored.shape)
+            found = SimpleNamespace(decoded=lambda device: there)
+            return tensors._deviation_on(torch.device("cpu"), weight, container, found).broken
+
+        nearest = (1.0, 0, 0.0)
+        for first in range(0, len(exact), 64):
+            grid = written[first : first + 64].unique()
+            middles = (grid[1:] + grid[:-1]) / 2
+            apart, below = (exact[first : first + 64, None] - middles).abs().min(1)
+            index = int(apart.argmin())
+            ends = grid[below[index] : below[index] + 2]
+            other = ends[0] if ends[1] == written[first + index] else ends[1]
+            nearest = min(nearest, (float(apart[index]), first + index, float(other)))
+        across, damaged = written.clone(), written.clone()
+        across[nearest[1]] = nearest[2]
+        damaged[:128] = damaged[:128].roll(1)
+        assert not torch.equal(across, written)
+        assert [broken(values) for values in (written, across, damaged)] == [False, False, True]
 
 
 def test_that_a_peer_failed_is_not_taken_for_a_damaged_weight(tmp_path, monkeypatch):
