@@ -1,12 +1,12 @@
 """How long training is held up by merges behind it, and how much its steps slow down.
 
-    python benchmarks/stalls.py [--models 135M 1.1B] [--tokens 32] [--threads 1]
+    python benchmarks/stalls.py [--models 135M 1.1B] [--tokens 32] [--threads 1] [--repeats 2]
 
 A random Llama in NF4 is trained in float32 on one thread, so that a core is free, on one sequence a
-step, without the callback and with blocking=False, each in a process of its own. Told are seconds
-of start-up that the callback adds, seconds that each save held training up, the time that a bare
-copy of the adapter takes, and the median of the steps while a merge was under way, against the same
-steps of the run without. Exits with 1 when a goal is missed or losses differ.
+step, without the callback and with blocking=False, in turns, each in a process of its own. Told are
+seconds of start-up that the callback adds, seconds that each save held training up, the time that a
+bare copy of the adapter takes, and the median of the steps while a merge was under way, against the
+same step of the run without just before. Exits with 1 when a goal is missed or losses differ.
 """
 
 import argparse
@@ -118,31 +118,47 @@ def run(kind, base, tokens, threads):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(name, tokens, threads):
+def spread(values):
+    values = list(values)
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def report(name, tokens, threads, repeats):
     """Print what was found of one model; the goals that it missed."""
     with tempfile.TemporaryDirectory() as root:
         base = Path(root) / "base"
         make_base(base, *MODELS[name])
-        plain, behind = (run(kind, base, tokens, threads) for kind in ("without", "behind"))
-    during = [i for i, (_, busy) in enumerate(behind["steps"]) if busy and i % BETWEEN]
-    slower = statistics.median(behind["steps"][i][0] / plain["steps"][i][0] for i in during)
-    stall = max(behind["stalls"]) - behind["copy"]
-    step = statistics.median(step for step, _ in plain["steps"])
-    print(f"{name} on {machine()}, {threads} thread(s) to train, {tokens} tokens a step")
-    print(f"start-up: {behind['start']:.3f} s in on_train_begin")
-    print(f"held up: {', '.join(f'{s:.3f}' for s in behind['stalls'])} s at each save")
-    print(f"a bare copy of the adapter: {behind['copy']:.3f} s")
-    print(f"steps: {step:.2f} s; {len(during)} with a merge behind them took {slower:.3f} of that")
-    print(f"training: {plain['seconds']:.1f} s, with {behind['versions']} versions "
-          f"{behind['seconds']:.1f} s", flush=True)  # fmt: skip
-    if behind["losses"] != plain["losses"]:
-        yield f"{name}: losses are not those without the callback"
+        kinds = ("without", "behind")
+        pairs = [[run(kind, base, tokens, threads) for kind in kinds] for _ in range(repeats)]
+    slower, plain_steps = [], []
+    for plain, behind in pairs:
+        if behind["losses"] != plain["losses"]:
+            yield f"{name}: losses are not those without the callback"
+        during = [i for i, (_, busy) in enumerate(behind["steps"]) if busy and i % BETWEEN]
+        ratios = (behind["steps"][i][0] / plain["steps"][i][0] for i in during)
+        slower.append(statistics.median(ratios))
+        plain_steps.append(statistics.median(step for step, _ in plain["steps"]))
+    behinds = [behind for _, behind in pairs]
+    stalls = [stall for behind in behinds for stall in behind["stalls"]]
+    copy = statistics.median(behind["copy"] for behind in behinds)
+    start = statistics.median(behind["start"] for behind in behinds)
+    print(f"{name} on {machine()}, {threads} thread(s) to train, {tokens} tokens a step; "
+          f"medians of {repeats} runs (lowest to highest)")  # fmt: skip
+    print(f"start-up: {start:.3f} s in on_train_begin")
+    print(f"held up: {spread(stalls)} s at each of {len(stalls)} saves")
+    print(f"a bare copy of the adapter: {copy:.3f} s")
+    print(f"a step without the callback: {spread(plain_steps)} s")
+    print(f"a step with a merge behind it: {spread(slower)} of the same step without")
+    for kind, runs in (("without", [plain for plain, _ in pairs]), ("with", behinds)):
+        print(f"training {kind}: {spread(run['seconds'] for run in runs)} s")
+    print(f"versions of a training: {behinds[0]['versions']}", flush=True)
+    stall, slow = max(stalls) - copy, statistics.median(slower)
     if stall > STALL:
         yield f"{name}: training is held up {stall:.3f} s beyond the copy, goal {STALL}"
-    if slower > SLOWER:
-        yield f"{name}: steps take {slower:.2f} of those without, goal {SLOWER}"
-    if behind["start"] > START:
-        yield f"{name}: the start takes {behind['start']:.2f} s longer, goal {START}"
+    if slow > SLOWER:
+        yield f"{name}: steps take {slow:.2f} of those without, goal {SLOWER}"
+    if start > START:
+        yield f"{name}: the start takes {start:.2f} s longer, goal {START}"
 
 
 def main():
@@ -150,12 +166,13 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["135M", "1.1B"])
     parser.add_argument("--tokens", default="32", help="of a step")
     parser.add_argument("--threads", default="1")
+    parser.add_argument("--repeats", type=int, default=2, help="of each model")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(train(*arguments.one)))
         return
-    rest = arguments.tokens, arguments.threads
+    rest = arguments.tokens, arguments.threads, arguments.repeats
     if missed := [told for name in arguments.models for told in report(name, *rest)]:
         sys.exit("\n".join(missed))
 

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import torch
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def in_order(count: int, work: Callable[[S], T], items: Iterable[S]) -> Iterator[tuple[S, T]]:

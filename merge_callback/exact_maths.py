@@ -19,7 +19,10 @@ _this_thread = threading.local()
 
 @contextlib.contextmanager
 def exact_maths(devices: Iterable[str]) -> Iterator[None]:
-    """Neither autocast, on devices of these types, nor TF32 anywhere."""
+    """Neither autocast, on devices of these types, nor TF32 anywhere; new tensors are float32.
+
+    The latter for bitsandbytes, which makes the tables of its formats in the default dtype.
+    """
     backends: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]
@@ -36,11 +39,14 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
                 stack.enter_context(InFloat64(wide))
             yield
             return
+        default = torch.get_default_dtype()
         try:
+            torch.set_default_dtype(torch.float32)
             for backend in backends:
                 backend.fp32_precision = "ieee"
             yield
         finally:
+            torch.set_default_dtype(default)
             for backend, precision in zip(backends, before, strict=True):
                 backend.fp32_precision = "none"  # inherit again, where that gives what was there
                 if backend.fp32_precision != precision:

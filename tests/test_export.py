@@ -723,3 +723,18 @@ def test_biases_that_were_trained_are_written_and_checked(tmp_path):
     bias.data[0] = torch.nan
     with pytest.raises(MergeError, match=r"q_proj\.bias.*not finite"):
         merge_adapter(model, tmp_path / "out")
+
+
+def test_the_default_dtype_changes_no_byte(tmp_path):
+    model = qlora(tmp_path)
+    settings = {"save_method": ["merged_4bit", "merged_16bit"], "rounding": "stochastic"}
+    paths = [merge_adapter(model, tmp_path / "out", **settings).paths]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        paths.append(merge_adapter(model, tmp_path / "out", **settings).paths)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for method in paths[0]:
+        one, other = (load_file(path[method] / "model.safetensors") for path in paths)
+        assert same(one, other)
