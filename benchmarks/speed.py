@@ -11,7 +11,7 @@ files that are synced. Rounds are interleaved: each of them runs every contender
     4-bit            merge_adapter, rounding="stochastic", what `auto` does without data
     16-bit           merge_adapter
     all              merge_adapter, 4-bit (nearest), 16-bit and adapter in one pass
-    all, verified    the same, its files loaded and their weights verified; no outputs compared; once
+    all, verified    the same, files loaded and weights verified, no outputs compared; once alone
     PEFT 4-bit       merge_and_unload + save_pretrained, then fsync
     PEFT 16-bit      save the adapter, unload, dequantize, load the adapter, merge_and_unload,
                      save_pretrained, then fsync
