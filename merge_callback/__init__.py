@@ -5,6 +5,7 @@ trainer = SFTTrainer(model=model, peft_config=lora, callbacks=[MergeOnSaveCallba
 
 from merge_callback.callback import MergeFailure, MergeOnSaveCallback, attach
 from merge_callback.compare import compare
+from merge_callback.drafts import MergeResult
 from merge_callback.errors import (
     CorruptVersion,
     MergeError,
@@ -13,7 +14,7 @@ from merge_callback.errors import (
     PushRefused,
     VerificationError,
 )
-from merge_callback.export import MergeResult, merge_adapter
+from merge_callback.export import merge_adapter
 from merge_callback.options import MergeOptions
 from merge_callback.push import Push
 from merge_callback.store import MergeStore, Version

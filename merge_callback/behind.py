@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from threading import Event
 
+import torch
 from peft import PeftModel
 
 from merge_callback.background import BACKLOGS, Background, Outcome
-from merge_callback.calibration.choice import Choice
+from merge_callback.calibration.choice import Choice, choose
 from merge_callback.companions import SavedProcessor
-from merge_callback.exact_maths import less_exact
-from merge_callback.export import Beside, MergeResult, export_snapshot
+from merge_callback.drafts import Beside, Clock, MergeResult, failed, publish
+from merge_callback.errors import MergeError
+from merge_callback.exact_maths import beside_others, exact_maths, less_exact
 from merge_callback.options import MergeOptions
+from merge_callback.plan import make_plan
 from merge_callback.snapshot import snapshot
-from merge_callback.store import MergeStore
+from merge_callback.store import Draft, MergeStore
+from merge_callback.verification.checks import Kept, Verification, verify_arithmetic
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +109,52 @@ class Behind:
         """End the merge that is under way before its next weight; forget the one that waits."""
         self._background.drop_waiting()
         self._stop.set()
+
+
+@torch.no_grad()
+def export_snapshot(
+    model: PeftModel,
+    store: MergeStore,
+    options: MergeOptions,
+    beside: Beside,
+    choice: Choice | None,
+    seconds: float,
+    *,
+    wide: frozenset[str],
+    stop: Event,
+) -> MergeResult:
+    """Export a `snapshot`, in a thread of its own, while the live model is being trained.
+
+    It leaves alone all that holds for the whole process: random generators, precision, the default
+    dtype that transformers sets while it loads a model. So the files are read back, and the
+    adapter's arithmetic is compared with PEFT's own; but they are not loaded, and outputs are not
+    compared.
+
+    Args:
+        choice: 4-bit codes that have been chosen with data; None: they are chosen without.
+        seconds: what that took.
+        wide: what has to be computed in float64, see `exact_maths.less_exact`.
+        stop: ends the merge, if it is set while weights are written.
+
+    Raises:
+        MergeError, CorruptVersion: as `merge_adapter`.
+    """
+    clock = Clock({"round": round(seconds, 3)})
+    try:
+        with beside_others(wide), exact_maths(p.device.type for p in model.parameters()):
+            plan = make_plan(model, options)
+            choice = choice or choose(plan, options, None, last=False)
+            plan = plan.with_rounded(choice.rounded)
+
+            def verify(draft: Draft, places: Mapping[str, Path], kept: Kept) -> Verification:
+                draft.verify()
+                return verify_arithmetic(plan, options)
+
+            return publish(plan, store, options, beside, choice, clock, verify, stop)
+    except MergeError:
+        raise
+    except Exception as error:
+        raise failed(store, error) from error
 
 
 def _say_left_out(step: int) -> None:

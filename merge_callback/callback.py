@@ -27,15 +27,10 @@ from merge_callback.batches import Batch, TrainingData, datasets_of, drawn, take
 from merge_callback.calibration.choice import Choice, choose
 from merge_callback.companions import live_settings
 from merge_callback.data import Data, gather
+from merge_callback.drafts import Beside, MergeResult
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
-from merge_callback.export import (
-    Beside,
-    MergeResult,
-    check_merge,
-    export,
-    rescue,
-)
+from merge_callback.export import check_merge, export
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
@@ -45,6 +40,7 @@ from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.publisher import Publisher
 from merge_callback.push import Push
 from merge_callback.report import metrics
+from merge_callback.rescue import rescue
 from merge_callback.store import MergeStore
 
 if TYPE_CHECKING:

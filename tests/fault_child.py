@@ -18,7 +18,7 @@ from models import qlora, same, snapshot, tokenizer
 from test_callback import trainer
 from transformers import TrainerCallback
 
-import merge_callback.export
+import merge_callback.drafts
 import merge_callback.verification.checks
 from merge_callback import MergeError, MergeOnSaveCallback, MergeStore, merge_adapter
 from merge_callback.store import Draft
@@ -81,13 +81,13 @@ def drafts(root):
 
 STAGE = [""]
 STAGES = (  # what is called when a stage of a merge begins
-    (merge_callback.export, "write_weights", "write"),
-    (merge_callback.export, "save_companions", "companions"),
+    (merge_callback.drafts, "write_weights", "write"),
+    (merge_callback.drafts, "save_companions", "companions"),
     (Draft, "seal", "seal"),
     (Draft, "verify", "verify"),
     (merge_callback.verification.checks, "rebuild", "verify"),
     (merge_callback.verification.checks, "compare_outputs", "verify"),
-    (merge_callback.export, "write_report", "report"),
+    (merge_callback.drafts, "write_report", "report"),
     (MergeStore, "publish", "publish"),
     (MergeStore, "prune", "prune"),
 )

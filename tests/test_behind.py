@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, TrainerCallback
 import merge_callback.behind
 from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeStore, merge_adapter
 from merge_callback.background import Background
+from merge_callback.behind import export_snapshot
+from merge_callback.drafts import Beside
 from merge_callback.errors import VerificationError
 from merge_callback.exact_maths import beside_others, exact_maths, less_exact
-from merge_callback.export import Beside, export_snapshot
 from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
 from merge_callback.snapshot import snapshot

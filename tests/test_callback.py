@@ -380,7 +380,7 @@ def test_a_failed_merge_on_save_raises_and_leaves_the_checkpoint(tmp_path):
 
 
 def test_a_rescue_that_fails_too_says_so(tmp_path, monkeypatch):
-    import merge_callback.export as module
+    import merge_callback.rescue as module
 
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from merge_callback import MergeStore, merge_adapter
-from merge_callback.export import rescue
+from merge_callback.rescue import rescue
 from merge_callback.sharding import Hidden, Unit
 
 CHILD = Path(__file__).with_name("distributed_child.py")
