@@ -585,6 +585,7 @@ def test_a_second_training_has_nothing_to_do_with_merges_of_the_first(
     callback = MergeOnSaveCallback(**LATER)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "a", Fails(), callback, **EVERY_2).train()
+    callback._behind._background.join()  # it may not have begun yet
     monkeypatch.undo()
     trainer(tmp_path / "b", callback, **EVERY_2).train()
     assert listing(tmp_path / "b") == ["step-00000002", "step-00000004"]
