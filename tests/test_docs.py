@@ -39,7 +39,7 @@ class Block:
 
 
 def blocks(page):
-    found = re.findall(r"^( *)```(\w*)(?: title=\"(.*)\")?\n(.*?)^ *```$", page, re.M | re.S)
+    found = re.findall(r"^( *)```(\w*)(?: title=\"([^\"\n]*)\")?\n(.*?)^ *```$", page, re.M | re.S)
     return [
         Block(language, title or None, re.sub(f"^{indent}", "", text, flags=re.M))
         for indent, language, title, text in found
