@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None: those of the process.
     """
     given = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore", FutureWarning)  # for those who write code
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("merge_callback").setLevel(logging.INFO)
     try:
@@ -134,7 +136,10 @@ def _list(given: argparse.Namespace) -> int:
                 "push": "pending" if push_marker(version.path).exists() else None,
             }
         )
-    print_json(rows) if given.json else print_table(rows)
+    if given.json:
+        print_json(rows)
+    else:
+        print_table([row | {"created": row["created"][:16]} for row in rows])
     return OK
 
 

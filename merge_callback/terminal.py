@@ -18,7 +18,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same keys."""
+    """Rows with the same keys. On a terminal columns with nothing in them are left out."""
     if not rows:
         return
     columns = list(rows[0])
@@ -27,9 +27,10 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         for line in (columns, *cells):
             print("\t".join(line))
         return
-    table = Table(*columns, header_style="bold")
+    told = [index for index in range(len(columns)) if any(line[index] for line in cells)]
+    table = Table(*(columns[index] for index in told), header_style="bold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*(line[index] for index in told))
     Console().print(table)
 
 
