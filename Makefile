@@ -48,11 +48,11 @@ test-faults: install
 
 # The oldest and the newest versions that pyproject.toml allows, each in an environment of its own.
 # TESTS: what to run there, all of them if it is not given.
-.lowest/.installed .latest/.installed: .%/.installed: pyproject.toml | install
-	$(PIP_INSTALL) uv
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .$*
-	$(BIN)/uv pip install --quiet --python .$*/bin/python --resolution $(if $(filter lowest,$*),lowest-direct,highest) \
-		--prerelease disallow torch -e '.[test]'
+.lowest/.installed .latest/.installed: .%/.installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv --clear .$*
+	$(if $(filter lowest,$*),$(PYTHON) tests/lowest.py,true) > .$*/constraints.txt
+	.$*/bin/python -m pip install --quiet --disable-pip-version-check -c .$*/constraints.txt \
+		torch -e '.[test]'
 	touch $@
 
 test-lowest test-latest: test-%: .%/.installed .deepspeed/.installed
