@@ -5,8 +5,8 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-for line in sorted(set(wanted)):
+wanted = [project["dependencies"], *project["optional-dependencies"].values()]
+for line in sorted({line for lines in wanted for line in lines}):
     if bound := re.fullmatch(r"([\w-]+)>=([\d.]+)", line):
         version = bound[2] if "." in bound[2] else f"{bound[2]}.0"
         print(f"{bound[1]}=={version}.*")
