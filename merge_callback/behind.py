@@ -20,7 +20,7 @@ from merge_callback.drafts import Beside, Clock, MergeResult, failed, publish
 from merge_callback.errors import MergeError
 from merge_callback.exact_maths import beside_others, exact_maths, less_exact
 from merge_callback.options import MergeOptions
-from merge_callback.plan import make_plan
+from merge_callback.plan import Plan, make_plan
 from merge_callback.snapshot import snapshot
 from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import Kept, Verification, verify_arithmetic
@@ -179,5 +179,19 @@ def problems(blocking: bool, backlog: str, merge_on_save: bool, options: MergeOp
         found.append(
             "min_gain_kept and max_kl need the live model, which a merge behind the training does "
             "not have; leave them out, or blocking=False"
+        )
+    return found
+
+
+def unfit(plan: Plan) -> list[str]:
+    """Why the model, or its process, cannot have merges behind its training; all at once."""
+    found = []
+    if plan.sharded:
+        found.append("blocking=False needs the whole model in each process; leave it out")
+    if (default := torch.get_default_dtype()) != torch.float32:
+        found.append(
+            f"blocking=False: the default dtype is {default}, which bitsandbytes computes in, and "
+            "which cannot be changed while training goes on; call "
+            "torch.set_default_dtype(torch.float32) once the model is loaded, or leave it out"
         )
     return found

@@ -262,10 +262,8 @@ class MergeOnSaveCallback(TrainerCallback):
         saves = self._saves_to_come(args, state)
         store = self._store(args)
         plan = check_merge(model, store, self._options, saves, self._processes)
-        if plan.sharded and self._behind is not None:
-            raise MergeRefused(
-                ["blocking=False needs the whole model in each process; leave it out"]
-            )
+        if self._behind is not None and (problems := behind.unfit(plan)):
+            raise MergeRefused(problems)
         if self._publisher is not None and self._processes.leads:
             self._publisher.begin(args, store)
         if self._data is not None:  # of a training that was cut off

@@ -31,7 +31,7 @@ def _told(node: ast.AST) -> Iterator[str]:
         yield from _texts(*node.args)
     elif isinstance(node, ast.AugAssign) and _names_problems(node.target):
         yield from _texts(node.value)
-    elif isinstance(node, ast.FunctionDef) and node.name.endswith(("problems", "_misses")):
+    elif isinstance(node, ast.FunctionDef) and node.name.endswith(("problems", "_misses", "unfit")):
         for inner in ast.walk(node):
             if isinstance(inner, ast.Yield | ast.Return) and inner.value is not None:
                 yield from _texts(inner.value)

@@ -623,3 +623,15 @@ def test_errors_can_be_told_to_other_processes(kind):
     told = pickle.loads(pickle.dumps(kind(["one", "two"])))
     assert type(told) is kind and told.problems == ("one", "two")
     assert str(told) == str(kind(["one", "two"]))
+
+
+def test_another_default_dtype_is_refused_when_training_begins(tmp_path):
+    """bitsandbytes computes in it, and it is one for all threads."""
+    run = trainer(tmp_path, MergeOnSaveCallback(**LATER), **EVERY_2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(MergeRefused, match=r"torch\.set_default_dtype\(torch\.float32\)"):
+            run.train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert run.state.global_step == 0

@@ -237,3 +237,19 @@ def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0 and "exit codes" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_what_there_is_and_a_pipe_every_column(exports, capsys, monkeypatch):
+    assert main(["list", str(exports)]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][-3:] == ["kl", "bytes", "push"] and {len(line) for line in lines} == {10}
+    assert len(lines[1][2]) == len("2026-11-26T15:06")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["list", str(exports)]) == 0
+    head, *rows = [
+        line for line in capsys.readouterr().out.splitlines() if "┃" in line or "│" in line
+    ]
+    names = [cell.strip() for cell in head.strip("┃").split("┃")]
+    assert "bytes" in names and "push" not in names and len(rows) == 2
