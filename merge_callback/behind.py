@@ -20,7 +20,8 @@ from merge_callback.drafts import Beside, Clock, MergeResult, failed, publish
 from merge_callback.errors import MergeError
 from merge_callback.exact_maths import beside_others, exact_maths, less_exact
 from merge_callback.options import MergeOptions
-from merge_callback.plan import Plan, make_plan
+from merge_callback.plan import Plan
+from merge_callback.planning import make_plan
 from merge_callback.snapshot import snapshot
 from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import Kept, Verification, verify_arithmetic

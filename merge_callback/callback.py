@@ -35,7 +35,8 @@ from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
 from merge_callback.options import MergeOptions
-from merge_callback.plan import Plan, make_plan
+from merge_callback.plan import Plan
+from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.publisher import Publisher
 from merge_callback.push import Push

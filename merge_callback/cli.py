@@ -168,7 +168,7 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.checkpoints import load_adapter
         from merge_callback.manifest import adapter_hash
         from merge_callback.options import MergeOptions
-        from merge_callback.plan import make_plan
+        from merge_callback.planning import make_plan
 
         model = load_adapter(given.against, given.base)
         found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))

@@ -25,7 +25,8 @@ from merge_callback.exact_maths import exact_maths
 from merge_callback.live import is_sharded_model, keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.options import MergeOptions
-from merge_callback.plan import Plan, make_plan
+from merge_callback.plan import Plan
+from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import (

@@ -26,7 +26,7 @@ from merge_callback.calibration import choice, distillation, recording, sequenti
 from merge_callback.calibration.recording import find_blocks, record
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
-from merge_callback.plan import make_plan
+from merge_callback.planning import make_plan
 from merge_callback.stand_ins import StandIn, evaluating, in_float32, standing_in
 
 SMALL = {
