@@ -183,7 +183,7 @@ def _compare(given: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from merge_callback.checkpoints import load_processor, read_batches
-    from merge_callback.compare import compare
+    from merge_callback.comparing import compare
 
     for directory in (given.a, given.b):
         if not Path(directory, "config.json").is_file():

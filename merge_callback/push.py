@@ -29,8 +29,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from merge_callback.card import card_for_the_hub
 from merge_callback.errors import CorruptVersion, PushError
+from merge_callback.files import FileRecord
 from merge_callback.hub import Hub, Target, full_name
-from merge_callback.shards import FileRecord
 from merge_callback.store import MANIFEST, Version, numbered
 
 logger = logging.getLogger(__name__)

@@ -8,22 +8,21 @@ first and each file is written once, front to back. Source: safetensors' README,
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from merge_callback.codecs import TensorSpec
+from merge_callback.files import FileRecord
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -38,14 +37,6 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _BYTES_AT_ONCE = 1 << 24
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-
-
-class FileRecord(NamedTuple):
-    """What a file is known by."""
-
-    size: int  # bytes
-    sha256: str
 
 
 class CheckpointWriter:
@@ -138,13 +129,6 @@ class CheckpointWriter:
         (self._directory / "model.safetensors.index.json").write_text(text)
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Size and sha256 of a file, read once."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return FileRecord(path.stat().st_size, digest.hexdigest())
-
-
 def host_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor in host memory, row-major, as bytes."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -206,28 +190,3 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def sync_directories(top: Path, files: Iterable[Path]) -> None:
-    """Make files, and the directories from theirs up to `top`, durable."""
-    paths = list(files)
-    directories = {
-        parent for path in paths for parent in path.parents if parent.is_relative_to(top)
-    }
-    for path in [*paths, *sorted(directories, reverse=True)]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Make what lies at `path`, file or directory, durable.
-
-    Some network file systems cannot do so for directories; they keep them in step by themselves.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
-from merge_callback.shards import FileRecord, hash_file, sync, sync_directories
+from merge_callback.files import FileRecord, hash_file, sync, sync_directories
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,9 @@
 """The command line: what it prints, what it exits with, and that it does what the library does."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from models import qlora, same, tokenizer
 from safetensors.torch import load_file
 from test_callback import TEXTS, listing, sft
 
+import merge_callback
 from merge_callback import Comparison, MergeOnSaveCallback, merge_adapter
 from merge_callback.checkpoints import read_batches
 from merge_callback.cli import main
@@ -180,7 +183,7 @@ def test_models_are_compared(exports, tmp_path, capsys):
 
 def test_models_without_scores_of_classes_are_not_within_a_limit(exports, tmp_path, monkeypatch):
     none = Comparison(4, None, None, None, None, None, None, 0.0, True)
-    monkeypatch.setattr(sys.modules["merge_callback.compare"], "compare", lambda *args: none)
+    monkeypatch.setattr("merge_callback.comparing.compare", lambda *args: none)
     data = tmp_path / "data.jsonl"
     data.write_text('{"input_ids": [1, 2]}')
     four = str(exports / "merged/merged_4bit")
@@ -228,6 +231,30 @@ def test_it_runs_as_a_module_into_a_pipe_and_on_a_terminal(exports):
     os.close(follower)
     shown = os.read(leader, 100_000).decode()
     assert "merged-v2" in shown and "┃" in shown and "\t" not in shown
+
+
+def test_what_needs_no_model_imports_no_torch(exports):
+    commands = [["list", exports], ["show", exports / "merged"], ["verify", exports / "merged"]]
+    commands += [["prune", exports, "--keep", "1"]]
+    for command in [list(map(str, command)) for command in commands]:
+        code = f"import sys; from merge_callback.cli import main; assert main({command}) == 0; "
+        code += "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys()"
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_package_gives_what_it_names_whatever_was_imported_before():
+    for module in pkgutil.walk_packages(merge_callback.__path__, "merge_callback."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert set(merge_callback.__all__) == merge_callback._MODULES.keys()
+    for name in merge_callback.__all__:
+        found = getattr(merge_callback, name)
+        assert (found.__module__, found.__qualname__) == (
+            f"merge_callback.{merge_callback._MODULES[name]}",
+            name,
+        )
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        merge_callback.nothing  # noqa: B018
 
 
 def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):

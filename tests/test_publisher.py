@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_callback.hub
 from merge_callback import MergeError, MergeOnSaveCallback, MergeStore, PushRefused, push_version
-from merge_callback.shards import hash_file
+from merge_callback.files import hash_file
 from merge_callback.store import push_marker
 
 pytestmark = pytest.mark.usefixtures("hub_client")

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from merge_callback.codecs import TensorSpec
-from merge_callback.shards import CheckpointWriter, hash_file
+from merge_callback.files import hash_file
+from merge_callback.shards import CheckpointWriter
 
 DTYPES = [
     torch.float64,

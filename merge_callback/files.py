@@ -1,0 +1,51 @@
+"""Files on a disk: what they are known by, and that they stay. Knows nothing of tensors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
+
+class FileRecord(NamedTuple):
+    """What a file is known by."""
+
+    size: int  # bytes
+    sha256: str
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read once."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileRecord(path.stat().st_size, digest.hexdigest())
+
+
+def sync_directories(top: Path, files: Iterable[Path]) -> None:
+    """Make files, and the directories from theirs up to `top`, durable."""
+    paths = list(files)
+    directories = {
+        parent for path in paths for parent in path.parents if parent.is_relative_to(top)
+    }
+    for path in [*paths, *sorted(directories, reverse=True)]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make what lies at `path`, file or directory, durable.
+
+    Some network file systems cannot do so for directories; they keep them in step by themselves.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
