@@ -219,7 +219,8 @@ def test_a_version_is_pushed(exports, hub_client, capsys):
 def test_the_doctor_tells_versions(capsys):
     code, rows = said(capsys, "doctor")
     found = {row["check"]: row["found"] for row in rows}
-    assert code == 0 and found["torch"] == torch.__version__ and "Hub token" in found
+    assert code == 0 and "Hub token" in found
+    assert torch.__version__.startswith(found["torch"])  # which may be without "+cpu"
 
 
 def test_it_runs_as_a_module_into_a_pipe_and_on_a_terminal(exports):
