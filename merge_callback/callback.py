@@ -124,9 +124,9 @@ class MergeOnSaveCallback(TrainerCallback):
     Raises:
         MergeRefused: an option that cannot be honoured; or, when training begins, all that stands
             against the merge, or (PushRefused) against the push.
-        MergeError: a merge failed. At the end of training the adapter has been saved by then, and
-            the error says where. One that went on behind the training is told of at the next step,
-            with several processes at the next checkpoint.
+        MergeError: a merge failed. The error says where the adapter is: in the checkpoint, or, at
+            the end of training, where it has been saved by then. Of a merge that went on behind the
+            training it is raised at the next step, with several processes at the next checkpoint.
     """
 
     def __init__(
@@ -370,13 +370,14 @@ class MergeOnSaveCallback(TrainerCallback):
     def _try(
         self, moment: Moment, merge: Callable[[Moment], None], *, rescue: bool = False
     ) -> None:
-        """Merge; on failure save the adapter where no checkpoint has it, then raise or warn."""
+        """Merge; on failure raise or warn, with what has the adapter: saved now, if `rescue`."""
         try:
             with self._processes.alike():
                 merge(moment)
         except Exception as error:
-            saved = f"; {self._rescue(moment)}" if rescue else ""
-            self._fail(moment.state.global_step, error, saved)
+            step = moment.state.global_step
+            saved = self._rescue(moment) if rescue else f"the adapter is in checkpoint-{step}"
+            self._fail(step, error, f"; {saved}")
 
     def _fail(self, step: int, error: Exception, saved: str = "") -> None:
         failure = MergeError(f"the merge at step {step} failed: {error}{saved}")

@@ -27,6 +27,7 @@ _CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _ADAPTER = "adapter_config.json"
+_OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _LONGEST = 2048  # tokens of a row
 
 
@@ -89,22 +90,35 @@ def load_adapter(
         )
     try:
         model = cls.from_pretrained(name, **settings)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # each library has its own
         raise MergeRefused([f"the base {name} does not load: {error}"]) from error
     try:
-        return PeftModel.from_pretrained(model, str(checkpoint))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise MergeRefused([f"{checkpoint} does not fit the base {name}: {error}"]) from error
+        # In the dtype that was trained: otherwise 16-bit factors would be cast to float32.
+        return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
+    except Exception as error:
+        raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
 
 
 def load_processor(*places: str | os.PathLike[str] | None) -> Any:
-    """The processor, or else the tokenizer, of the first place that has one; None: none has."""
-    for place in filter(None, places):
+    """The processor, or else the tokenizer, of the first place that has one; None: none has.
+
+    Raises:
+        MergeRefused: a place has one that does not load.
+    """
+    for place in [place for place in places if place]:
+        told: Exception | None = None
         for cls in (AutoProcessor, AutoTokenizer):
             try:
                 return cls.from_pretrained(place)
-            except (OSError, ValueError, KeyError):
-                continue
+            except Exception as error:  # of whatever lies there
+                told = error
+        if any((Path(place) / file).exists() for file in _OF_TOKENIZERS):
+            raise MergeRefused(
+                [
+                    f"the tokenizer in {place} does not load: {told}; mend it, or remove it to "
+                    "have the base's"
+                ]
+            ) from told
     return None
 
 
@@ -133,6 +147,8 @@ def read_batches(path: str | os.PathLike[str], processor: Any) -> Iterator[Batch
         lines = Path(path).read_text("utf-8").split("\n")  # splitlines would split within strings
     except (OSError, UnicodeDecodeError) as error:
         raise MergeRefused([f"{path} cannot be read: {error}"]) from error
+    if not any(map(str.strip, lines)):
+        raise MergeRefused([f"{path} has no rows"])
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, Veri
 from merge_callback.terminal import print_json, print_markdown, print_table
 
 OK, FAILED, DIFFERS, INTERRUPTED = 0, 1, 3, 130  # 2 is argparse's
-_DATA = "rows of text, messages, prompt and completion, or input_ids"
+_DATA = "rows of text, messages, prompt and completion, or input_ids, 2048 tokens of each at most"
 _EPILOG = """\
 exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage; 3 files or models
 are not what they should be; 130 interrupted. Every command takes --json.
@@ -39,15 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("merge_callback").setLevel(logging.INFO)
     try:
         code: int = given.command(given)
-        sys.stdout.flush()
         return code
     except (CorruptVersion, VerificationError) as error:
         return _fail(error, DIFFERS)
     except MergeError as error:
         return _fail(error, FAILED)
-    except BrokenPipeError:  # a pager that was left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except OSError as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
@@ -119,7 +114,11 @@ def _list(given: argparse.Namespace) -> int:
     from merge_callback.store import push_marker
 
     rows = []
-    for version in _store(given.root).versions():
+    versions = _store(given.root).versions()
+    if not versions:
+        there = _found_below(given.root, "*/*/merge_manifest.json")
+        print(f"no versions in {given.root}{there}", file=sys.stderr)
+    for version in versions:
         manifest = version.manifest
         found = _first_model(manifest)
         rows.append(
@@ -144,25 +143,26 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    from merge_callback.report import report_text
+    from merge_callback.store import version_at
 
-    version = _version(given.version)
-    try:
-        report = json.loads(version.file("merge_report.json").read_text())
-    except (OSError, ValueError):  # a rescued adapter has none, and one may have failed
-        report = version.manifest
+    version = version_at(given.version)
+    manifest, files = version.manifest, version.records()
+    # A rescued adapter has no report, and one may have failed.
     if given.json:
-        print_json(report)
-    elif "save_methods" not in report:
-        print_table([{key: report[key] for key in ("kind", "created", "step")}])
+        has_one = "merge_report.json" in files
+        print_json(json.loads(version.read("merge_report.json")) if has_one else manifest)
+    elif "merge_report.md" in files:
+        print_markdown(version.read("merge_report.md"))
     else:
-        print_markdown(report_text(report, report.get("tensors", {})))
+        print_table([{key: manifest[key] for key in ("kind", "created", "step")}])
     return OK
 
 
 def _verify(given: argparse.Namespace) -> int:
-    version = _version(given.version)
-    _store(version.path.parent).verify(version)
+    from merge_callback.store import MergeStore, version_at
+
+    version = version_at(given.version)
+    MergeStore(version.path.parent).verify(version)
     told = {"version": version.name, "files": len(version.records()), "sound": True}
     if given.against:
         from merge_callback.checkpoints import load_adapter
@@ -170,7 +170,9 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.options import MergeOptions
         from merge_callback.planning import make_plan
 
-        model = load_adapter(given.against, given.base)
+        model = load_adapter(
+            given.against, given.base, model_class=given.model_class, device=given.device
+        )
         found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))
         if found != version.manifest.get("adapter_sha256"):
             raise CorruptVersion(f"{version.path} was not made of the adapter in {given.against}")
@@ -187,7 +189,10 @@ def _compare(given: argparse.Namespace) -> int:
 
     for directory in (given.a, given.b):
         if not Path(directory, "config.json").is_file():
-            raise MergeRefused([f"{directory} has no config.json: it is no directory of a model"])
+            there = _found_below(directory, "*/config.json")
+            raise MergeRefused(
+                [f"{directory} has no config.json: it is no directory of a model{there}"]
+            )
     batches = list(read_batches(given.data, load_processor(given.a, given.b)))
     found = asdict(compare(given.a, given.b, batches))
     if given.json:
@@ -247,9 +252,11 @@ def _store(root: str | Path) -> Any:
     return MergeStore(root)
 
 
-def _version(path: str) -> Any:
-    place = Path(path).absolute()
-    return _store(place.parent).version(place.name)
+def _found_below(directory: str, pattern: str) -> str:
+    """Where below a directory there is what was looked for."""
+    place = Path(directory)
+    names = sorted({path.relative_to(place).parts[0] for path in place.glob(pattern)})
+    return f"; look into {', '.join(names)}" if names else ""
 
 
 def _first_model(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -275,14 +282,15 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = command("merge", _merge, "merge a saved adapter into its base")
     merge.add_argument("checkpoint", help="directory with an adapter_config.json")
-    merge.add_argument("--base", help="directory or id [the one that the adapter names]")
     merge.add_argument(
         "--load-in-4bit", action="store_true", help="quantise a 16-bit base to NF4, as QLoRA does"
     )
     merge.add_argument("--output-dir", default="merged", help="where versions go [merged]")
     merge.add_argument("--name", help="of the version [step-<step>, or merged]")
     methods = ("merged_4bit", "merged_16bit", "lora")
-    merge.add_argument("--save-method", nargs="+", choices=methods, help="[as the base is]")
+    merge.add_argument(
+        "--save-method", action="append", choices=methods, help="may be repeated [as the base is]"
+    )
     roundings = ("auto", "tuned", "calibrated", "stochastic", "nearest")
     merge.add_argument("--rounding", default="auto", choices=roundings, help="[auto]")
     merge.add_argument("--rounding-minutes", type=float, metavar="MINUTES")
@@ -293,8 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--max-kl", type=float, metavar="NATS")
     merge.add_argument("--dtype", help="of merged_16bit [as the base has it]")
     merge.add_argument("--max-shard-size", default="5GB", help="[5GB]")
-    merge.add_argument("--model-class", metavar="NAME", help="of transformers [that of the task]")
-    merge.add_argument("--device", help="[cuda where there is one]")
+    _add_loading(merge)
 
     listed = command("list", _list, "list versions, the oldest first")
     listed.add_argument("root", help="directory of versions, e.g. <output_dir>/_merged")
@@ -305,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "compare the files of a version with their checksums")
     verify.add_argument("version", help="directory of a version")
     verify.add_argument("--against", metavar="CHECKPOINT", help="is it made of this adapter?")
-    verify.add_argument("--base", help="of the checkpoint [the one that it names]")
+    _add_loading(verify)
 
     compared = command("compare", _compare, "compare what two models say")
     compared.add_argument("a", help="directory of a model")
@@ -330,11 +337,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_loading(command: Any) -> None:
+    """How an adapter is loaded."""
+    command.add_argument("--base", help="directory or id [the one that the adapter names]")
+    command.add_argument("--model-class", metavar="NAME", help="of transformers [that of the task]")
+    command.add_argument("--device", help="[cuda where there is one]")
+
+
 def _at_least_1(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a number, at least 1")
+    return int(text)
 
 
 def _own_version() -> str:

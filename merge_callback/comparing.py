@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_utils import unwrap_model
 
 from merge_callback.batches import Batch, input_device
+from merge_callback.errors import MergeError
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
@@ -36,6 +37,7 @@ def compare(
 
     Raises:
         CorruptVersion: a directory does not load whole.
+        MergeError: a model does not run on these data, or nothing is predicted in them.
     """
     base = None
     model: Any
@@ -53,4 +55,10 @@ def compare(
     quiet = (generators_kept(), evaluating(model), exact_maths([device.type]))
     with torch.no_grad(), quiet[0], quiet[1], quiet[2], computing_on(other, device):
         speakers = {"other": Speaker(other, device)}
-        return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]
+        try:
+            found = compare_outputs(Speaker(model, device), base, speakers, batches)["other"]
+        except Exception as error:  # whatever the models make of it
+            raise MergeError(f"the models do not run on these data: {error}") from error
+    if not found.rows:
+        raise MergeError("there is nothing to compare: in these data no token is predicted")
+    return found

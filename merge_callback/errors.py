@@ -15,7 +15,7 @@ class MergeError(Exception):
 class MergeRefused(MergeError):
     """What was asked for cannot be exported; every problem that was found is listed at once."""
 
-    headline = "this adapter cannot be merged"
+    headline = "the merge is refused"
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)

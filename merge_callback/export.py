@@ -28,7 +28,7 @@ from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
-from merge_callback.store import Draft, MergeStore
+from merge_callback.store import Draft, MergeStore, check_name
 from merge_callback.verification.checks import (
     Kept,
     Verification,
@@ -190,8 +190,10 @@ def export(
         processes: those of the training, all of which have to be here. Their leader writes.
 
     Raises:
+        MergeRefused: no version can be called so.
         MergeError, CorruptVersion: as `merge_adapter`.
     """
+    check_name(name)
     training, data = training or Training(), data or Data()
     keep_cpu_weights_unpacked(plan.model)
     try:

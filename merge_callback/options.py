@@ -30,7 +30,8 @@ class MergeOptions:
             None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
         rounding: how 4-bit codes are chosen.
             `"nearest"`: bitsandbytes' own; on a 4-bit base it rounds the training away.
-            `"stochastic"`: up or down by chance, so that on average nothing is lost; needs no data.
+            `"stochastic"`: up or down by chance, so that on average nothing is lost; needs no data;
+            on a base that is not in 4 bits, with a warning, `"nearest"`.
             `"calibrated"`: so that the outputs change least on `calibration_tokens` tokens of data.
             `"tuned"`: calibrated, then block scales are distilled from the live model.
             `"auto"`: with data `"tuned"`, on a trainer's saves before the end `"calibrated"`;

@@ -1,6 +1,6 @@
 """Make a plan: which tensors, names, dtypes and ties; and find all that cannot work.
 
-The last module that looks into a model: what it gives to the others are tensors, names and specs.
+Looks into a model, with `live` and `refusals`; what comes after has tensors, names and specs.
 Reads no tensor data but of 32-bit weights that may be 16-bit ones, up-cast.
 """
 

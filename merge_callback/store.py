@@ -14,7 +14,6 @@ between the two leaves an empty directory, which is no version. POSIX only.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -32,6 +31,7 @@ from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
 from merge_callback.files import FileRecord, hash_file, sync, sync_directories
+from merge_callback.locks import is_at, lock, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,21 @@ class Version:
         """What each file is known by, by its path below the version."""
         files = self.manifest["files"]
         return {name: FileRecord(found["size"], found["sha256"]) for name, found in files.items()}
+
+    def others(self) -> list[str]:
+        """Files below the version that are none of it."""
+        own = {MANIFEST, *self.records()}
+        files = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
+        return [name for p in files if (name := p.relative_to(self.path).as_posix()) not in own]
+
+    def read(self, name: str) -> str:
+        """The text of a file.
+
+        Raises:
+            CorruptVersion: it is missing, or not as it was written.
+        """
+        _check(self.path, {name: self.records()[name]})
+        return self.file(name).read_text("utf-8")
 
     def file(self, name: str) -> Path:
         """Where a file lies.
@@ -150,7 +165,7 @@ class MergeStore:
         return [version for version in self.versions() if push_marker(version.path).exists()]
 
     def verify(self, version: Version | str) -> None:
-        """Compare every file of a version with its sha256 in the manifest.
+        """Compare every file of a version with its sha256 in the manifest; warn of other files.
 
         Raises:
             CorruptVersion: a file is missing or differs; or there is no such version.
@@ -159,6 +174,8 @@ class MergeStore:
         for name in found.records():
             found.file(name)
         _check(found.path, found.records())
+        if others := ", ".join(found.others()):
+            logger.warning("%s has files that are none of this version: %s", found.path, others)
 
     def check(self, nbytes: int) -> None:
         """Make sure that `nbytes` can be written below the root, by writing a little.
@@ -183,10 +200,7 @@ class MergeStore:
     @contextmanager
     def draft(self, name: str) -> Iterator[Draft]:
         """A new directory that becomes version `name` by `publish`, and is removed otherwise."""
-        if not re.fullmatch(r"[\w][\w.=+-]{0,150}", name):
-            raise MergeRefused(
-                [f"name={name!r} cannot name a version; use letters, digits, '-', '_' and '.'"]
-            )
+        check_name(name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
         path, held = self._claim_draft(name)
@@ -247,7 +261,7 @@ class MergeStore:
                 path.rmdir()
                 raise
             if held is not None:
-                if _is_at(held, path):
+                if is_at(held, path):
                     return path, held
                 unlock(held)  # another process took it for stale before the lock was ours
 
@@ -313,6 +327,18 @@ def _move(draft: Path, target: Path) -> None:
         raise
 
 
+def check_name(name: str) -> None:
+    """Make sure that a version can be called so.
+
+    Raises:
+        MergeRefused: it cannot.
+    """
+    if not re.fullmatch(r"[\w][\w.=+-]{0,150}", name):
+        raise MergeRefused(
+            [f"name={name!r} cannot name a version; use letters, digits, '-', '_' and '.'"]
+        )
+
+
 def numbered(name: str) -> Iterator[str]:
     """`name`, `name-v2`, `name-v3` and so on."""
     yield name
@@ -323,6 +349,25 @@ def numbered(name: str) -> Iterator[str]:
 def push_marker(version: Path) -> Path:
     """The sidecar of a version that still has to be pushed; it is none of the version's files."""
     return version.parent / f".{version.name}.push"
+
+
+def version_at(path: str | os.PathLike[str]) -> Version:
+    """The version in a directory, or the one of which it holds what a single method has written.
+
+    Raises:
+        MergeRefused: there is no such directory.
+        CorruptVersion: it is no version.
+    """
+    place = Path(path).resolve()
+    if not place.is_dir():
+        raise MergeRefused([f"{path} is no directory"])
+    found = read_version(place)
+    if found is None and (above := read_version(place.parent)) is not None:
+        methods = above.manifest.get("save_methods", ())
+        found = above if place.name in methods and len(methods) > 1 else None
+    if found is None:
+        raise CorruptVersion(f"{path} has no readable {MANIFEST}: it is not a published version")
+    return found
 
 
 def read_version(path: Path) -> Version | None:
@@ -337,14 +382,26 @@ def read_version(path: Path) -> Version | None:
         if manifest["schema"] > SCHEMA:
             logger.warning("%s was written by a newer merge_callback and is left alone", path)
             return None
-        complete = {"kind", "created", "step", "best_step", "files"} <= manifest.keys()
-        sound = complete and all(map(_is_record, manifest["files"].items()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if _is_sound(manifest):
+            return Version(path.name, path, manifest)
+    except OSError:  # there is none, or it was pruned just now
         return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    logger.warning("%s has a damaged %s and is left alone", path, MANIFEST)
+    return None
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has what a version is known by, of the right kinds."""
+    verification = manifest.get("verification") or {}
+    models = verification.get("models") or {}
     return (
-        Version(path.name, path, manifest)
-        if sound and isinstance(manifest["created"], str)
-        else None
+        all(isinstance(manifest[key], str) for key in ("kind", "created"))
+        and all(isinstance(manifest[key], int | None) for key in ("step", "best_step"))
+        and all(isinstance(method, str) for method in manifest.get("save_methods", ()))
+        and all(isinstance(figures, dict) for figures in models.values())
+        and all(map(_is_record, manifest["files"].items()))
     )
 
 
@@ -381,40 +438,6 @@ def _number(name: str) -> int:
 
 def _host() -> str:
     return re.sub(r"[^\w-]", "-", socket.gethostname())
-
-
-def lock(directory: Path, *, where_unsupported: bool = True) -> int | None:
-    """An open descriptor with an exclusive lock on a directory; it ends with the process.
-
-    None when it is taken, or gone. On a file system without locks: an unlocked descriptor, or None
-    unless `where_unsupported`, so that drafts are made there but never taken for stale.
-    """
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if where_unsupported and not isinstance(error, BlockingIOError):
-            return descriptor
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def unlock(descriptor: int) -> None:
-    """Let go of a lock, for forked processes too: workers of data loaders inherit it."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _unusable(root: Path, error: OSError) -> str:

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -24,10 +23,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from tqdm.auto import tqdm
 
-from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushStopped
-from merge_callback.hub import Hub, Target, explain, passes
+from merge_callback.errors import MergeRefused, PushError, PushRefused, PushStopped
+from merge_callback.hub import Hub, Target, explain, name_problems, passes
+from merge_callback.locks import lock, unlock
 from merge_callback.push import Push, push, weight_bytes
-from merge_callback.store import Version, lock, push_marker, read_version, unlock
+from merge_callback.store import Version, push_marker, version_at
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def push_version(
     holds, unless a newer version is there. What is on the Hub already is not sent again.
 
     Args:
-        path: directory of the version, the one that has a `merge_manifest.json`.
+        path: directory of the version, the one that has a `merge_manifest.json`; or that of one of
+            its methods.
         repo_id: with or without a namespace. None: where a push that was cut off was going to.
         token: None: HF_TOKEN, or that of `hf auth login`.
         private: whether a repository that has to be made is private; None: as its namespace has it.
@@ -59,11 +60,15 @@ def push_version(
 
     Raises:
         CorruptVersion: there is no version at `path`.
-        MergeRefused: there is no repo_id, and no push of this version is pending.
+        MergeRefused: there is no such directory; or no repo_id, and no push of this version is
+            pending.
+        PushRefused: no repository can be called so.
         PushError: with the cure; what was done is kept, and the next call goes on from there.
     """
-    version = _version_at(Path(path))
+    version = version_at(path)
     target = Target(repo_id, private, revision) if repo_id is not None else pending(version)
+    if target is not None and (problems := name_problems(target.repo_id)):
+        raise PushRefused(problems)
     if target is None:
         raise MergeRefused([f"no push of {version.path} is pending; give a repo_id"])
     uploads = Uploads(Hub(token))
@@ -234,12 +239,3 @@ def _mark(version: Version, target: Target, error: Exception | None = None) -> N
     told = {"push": "pending", **asdict(target), "error": error and str(error)}
     draft.write_text(json.dumps(told, indent=2) + "\n")
     draft.replace(marker)
-
-
-def _version_at(path: Path) -> Version:
-    """The version in `path`, or the one whose directory of one save method `path` is."""
-    path = path.absolute()
-    found = read_version(path) or read_version(path.parent)
-    if found is None:
-        raise CorruptVersion(f"{path} has no readable merge_manifest.json: it is no version")
-    return found

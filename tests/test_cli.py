@@ -2,19 +2,27 @@
 
 import importlib
 import json
+import math
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from models import qlora, same, tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_callback import TEXTS, listing, sft
 
 import merge_callback
-from merge_callback import Comparison, MergeOnSaveCallback, merge_adapter
+from merge_callback import (
+    Comparison,
+    MergeOnSaveCallback,
+    MergeRefused,
+    MergeStore,
+    merge_adapter,
+)
 from merge_callback.checkpoints import read_batches
 from merge_callback.cli import main
 
@@ -59,8 +67,9 @@ def test_a_checkpoint_is_merged_as_the_callback_merged_it(run, tmp_path, capsys)
     assert same(*(load_file(path / "model.safetensors") for path in (ours, theirs)))
     assert {p.name for p in theirs.iterdir()} == {p.name for p in ours.iterdir()}
     assert found["manifest"]["verification"]["models"]["merged_4bit"]["rows"] > 0
-    code, told = said(capsys, "verify", ours, "--against", run / "run/checkpoint-3")
-    assert code == 0 and told["adapter"] == "same"
+    for version in (ours, theirs):
+        code, told = said(capsys, "verify", version, "--against", run / "run/checkpoint-3")
+        assert code == 0 and told["adapter"] == "same"
     other = run / "run/checkpoint-6"
     assert main(["verify", str(ours), "--against", str(other)]) == 3
     assert "was not made of the adapter in" in capsys.readouterr().err
@@ -85,7 +94,8 @@ def test_a_checkpoint_is_merged_as_the_callback_merged_it(run, tmp_path, capsys)
 def test_a_mistake_is_one_line_and_no_traceback(run, arguments, code, told, capsys):
     assert main([argument.format(run=run) for argument in arguments]) == code
     captured = capsys.readouterr()
-    assert told in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert told in captured.err and captured.out == ""
+    assert captured.err.startswith("merge-callback: ") and captured.err.count("\n") <= 2
 
 
 @pytest.mark.parametrize(
@@ -181,6 +191,119 @@ def test_models_are_compared(exports, tmp_path, capsys):
     assert "kl\t" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("", "has no rows"),
+        ('{"input_ids": [5]}', "no token is predicted"),
+        ('{"input_ids": [5, 99999]}', "the models do not run on these data"),
+    ],
+)
+def test_a_comparison_of_nothing_is_none(exports, tmp_path, capsys, rows, told):
+    data = tmp_path / "data.jsonl"
+    data.write_text(rows)
+    four = str(exports / "merged/merged_4bit")
+    assert main(["compare", four, four, "--data", str(data), "--max-kl", "1"]) == 1
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["first", "second"])
+def test_models_that_say_nothing_finite_are_not_alike(exports, tmp_path, capsys, broken):
+    sound, nan = exports / "merged/merged_16bit", tmp_path / "nan"
+    shutil.copytree(sound, nan)
+    weights = load_file(nan / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, nan / "model.safetensors", {"format": "pt"})
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2, 3]}')
+    pair = (nan, sound) if broken == "first" else (sound, nan)
+    assert main(["compare", *map(str, pair), "--data", str(data), "--max-kl", "9", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["finite"] is False
+
+
+def test_a_reader_that_leaves_changes_no_exit_code(exports, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2, 3]}')
+    pair = [str(exports / f"merged/merged_{bits}") for bits in ("16bit", "4bit")]
+    command = [sys.executable, "-m", "merge_callback", "compare", *pair, "--data", str(data)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "--max-kl", "1e-9"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 3 and b"Traceback" not in done.stderr
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:99])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda place: cut(place / "adapter_model.safetensors"), "does not load on the base"),
+        (lambda place: (place / "adapter_config.json").write_text("[]"), "cannot be read"),
+        (lambda place: (place / "tokenizer.json").write_text("{"), "the tokenizer in"),
+        (lambda place: (place / "tokenizer_config.json").write_text("[]"), "the tokenizer in"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(run, tmp_path, capsys, harm, told):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(run / "run/checkpoint-3", checkpoint)
+    harm(checkpoint)
+    out = tmp_path / "out"
+    assert main(["merge", str(checkpoint), "--load-in-4bit", "--output-dir", str(out)]) == 1
+    assert told in capsys.readouterr().err and not MergeStore(out).versions()
+
+
+def test_a_damaged_base_is_refused(run, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(run / "base", base)
+    cut(base / "model.safetensors")
+    arguments = ["merge", str(run / "run/checkpoint-3"), "--base", str(base)]
+    assert main([*arguments, "--output-dir", str(tmp_path / "out")]) == 1
+    assert f"the base {base} does not load" in capsys.readouterr().err
+
+
+def test_a_name_is_refused_before_anything_is_computed(tmp_path):
+    data = iter([{"input_ids": torch.arange(8)[None]}])
+    with pytest.raises(MergeRefused, match="cannot name a version"):
+        merge_adapter(qlora(tmp_path), tmp_path / "out", name="a/b", calibration_data=data)
+    assert next(data, None) is not None
+
+
+def test_a_report_is_shown_only_if_it_is_what_was_written(exports, capsys):
+    for name, arguments in (("merge_report.md", []), ("merge_report.json", ["--json"])):
+        report = exports / "merged" / name
+        assert main(["show", str(exports / "merged"), *arguments]) == 0
+        report.write_text(report.read_text() + " ")
+        assert main(["show", str(exports / "merged"), *arguments]) == 3
+        assert f"{name} is not what was written" in capsys.readouterr().err
+
+
+def test_a_version_goes_by_its_links_and_its_parts(exports, tmp_path, capsys):
+    (tmp_path / "newest").symlink_to(exports / "merged-v2")
+    for place in (tmp_path / "newest", exports / "merged-v2/merged_4bit"):
+        assert said(capsys, "verify", place)[1]["version"] == "merged-v2"
+    (exports / "merged-v2/typo").mkdir()
+    assert main(["verify", str(exports / "merged-v2/typo")]) == 3
+    assert main(["verify", str(exports / "merged-v3")]) == 1
+
+
+def test_what_a_version_does_not_name_is_told(exports, caplog):
+    (exports / "merged/merged_4bit/adapter_config.json").write_text("{}")
+    assert main(["verify", str(exports / "merged")]) == 0
+    assert "none of this version: merged_4bit/adapter_config.json" in caplog.text
+
+
+def test_where_there_are_no_versions_the_next_place_is_named(exports, capsys):
+    assert main(["list", str(exports.parent)]) == 0
+    assert "no versions in" in (told := capsys.readouterr()).err and "look into out" in told.err
+    pair = [str(exports / "merged")] * 2
+    assert main(["compare", *pair, "--data", "none"]) == 1
+    assert "look into merged_16bit, merged_4bit" in capsys.readouterr().err
+
+
 def test_models_without_scores_of_classes_are_not_within_a_limit(exports, tmp_path, monkeypatch):
     none = Comparison(4, None, None, None, None, None, None, 0.0, True)
     monkeypatch.setattr("merge_callback.comparing.compare", lambda *args: none)
@@ -256,6 +379,19 @@ def test_the_package_gives_what_it_names_whatever_was_imported_before():
         )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         merge_callback.nothing  # noqa: B018
+
+
+def test_an_id_that_no_repository_has_leaves_no_push_behind(exports, capsys):
+    assert main(["push", str(exports / "merged"), "a b/c"]) == 1
+    assert "repository" in capsys.readouterr().err
+    assert MergeStore(exports).pending() == []
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "all"])
+def test_how_many_to_keep_is_a_number(exports, capsys, keep):
+    with pytest.raises(SystemExit):
+        main(["prune", str(exports), f"--keep={keep}"])
+    assert "must be a number, at least 1" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):

@@ -371,6 +371,14 @@ def test_a_base_made_in_memory_has_no_id(tmp_path):
     assert merge_adapter(model, tmp_path / "out").manifest["base"]["id"] is None
 
 
+def test_by_chance_on_a_base_that_is_on_no_grid_is_to_nearest_and_said(tmp_path, caplog):
+    model = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"))
+    settings = {"save_method": "merged_4bit", "rounding": "stochastic"}
+    result = merge_adapter(model, tmp_path / "out", progress=False, **settings)
+    assert result.manifest["rounding"] == "nearest"
+    assert "not on a 4-bit grid: merging with rounding='nearest'" in caplog.text
+
+
 def test_a_small_update_that_rounding_swallows_is_never_silent(tmp_path, caplog):
     model = qlora(tmp_path, scale=1e-4)
     caplog.set_level(logging.INFO)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_store import publish
 
 from merge_callback import CorruptVersion, MergeStore, compare, merge_adapter
+from merge_callback.cli import main
 from merge_callback.store import MANIFEST, read_version
 from merge_callback.verification.rebuilt import rebuild
 
@@ -25,7 +26,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
-KEYS = ("schema", "kind", "created", "step", "best_step", "files")
+KEYS = ("schema", "kind", "created", "step", "best_step", "files", "save_methods", "verification")
 PARTS = st.sampled_from(
     ["..", ".", "", "a", "config.json", "/", "\\", "\0", "../..", "step-1", "é"]
 )
@@ -51,6 +52,9 @@ def look(root):
             except CorruptVersion:
                 continue
             assert inside.resolve().is_relative_to(version.path.resolve())
+    assert main(["list", str(root)]) == 0
+    assert main(["show", str(root / "step-1")]) in (0, 3)
+    assert main(["prune", str(root), "--keep", "1"]) == 0
     store.prune(1, names=["step-1"], keep_steps=frozenset())
 
 

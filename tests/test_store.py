@@ -91,7 +91,7 @@ def test_a_failed_draft_leaves_nothing(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_readers_see_only_directories_with_a_whole_manifest(tmp_path):
+def test_readers_see_only_directories_with_a_whole_manifest(tmp_path, caplog):
     store = MergeStore(tmp_path)
     publish(store, "good")
     for name, text in [
@@ -105,6 +105,10 @@ def test_readers_see_only_directories_with_a_whole_manifest(tmp_path):
         (tmp_path / name / MANIFEST).write_text(text)
     (tmp_path / "link").symlink_to(tmp_path / "good")
     assert [v.name for v in store.versions()] == ["good"]
+    told = {record.args[0].name: record.getMessage() for record in caplog.records}
+    assert told.keys() == {"empty", "list", "other", "newer"}
+    assert "newer merge_callback" in told.pop("newer")
+    assert all("has a damaged merge_manifest.json" in message for message in told.values())
 
 
 def test_latest_skips_rescued_adapters(tmp_path):

@@ -76,7 +76,8 @@ def choose(
         processes.add_up(without)  # all of them calibrate, or none
         possible = not without and plan.to_round() and not plan.sharded
         method = with_data if possible else without_data
-    if method == "stochastic":
+    if method == "stochastic" and not plan.on_a_grid:
+        logger.warning("the base is not on a 4-bit grid: merging with rounding='nearest'")
         method = without_data
     if method not in ("calibrated", "tuned"):
         return Choice(method)

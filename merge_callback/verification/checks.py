@@ -204,7 +204,7 @@ def _misses(
     told = []
     least, most = options.min_gain_kept, options.max_kl
     if not found.finite:
-        yield f"{method}: its outputs are not finite"
+        yield f"{method}: its outputs, or the live model's, are not finite"
         return
     if least is not None and found.gain_kept is None:
         yield (

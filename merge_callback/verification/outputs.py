@@ -39,7 +39,7 @@ class Comparison:
         kl: KL(live || model) in nats a row; None where outputs are no scores of classes.
         agreement: how often both have the same class in front.
         error: |live - model| / |live| of all outputs that are finite in both.
-        finite: no output is NaN or infinite where the live model's is finite.
+        finite: no output is NaN, of neither, and none infinite where the live model's is finite.
     """
 
     rows: int
@@ -201,7 +201,8 @@ class _Sums:
         mine, theirs = [], []
         for live, other, target in rows.parts(outputs):
             both = live.isfinite() & other.isfinite()
-            self.finite = self.finite and not bool((live.isfinite() & ~other.isfinite()).any())
+            broken = live.isnan() | other.isnan() | (live.isfinite() & other.isinf())
+            self.finite = self.finite and not bool(broken.any())
             self.apart += float((live - other)[both].pow(2).sum())
             self.size += float(live[both].pow(2).sum())
             if target is not None:
