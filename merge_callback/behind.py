@@ -166,7 +166,7 @@ def _say_left_out(step: int) -> None:
     )
 
 
-def problems(blocking: bool, backlog: str, merge_on_save: bool, options: MergeOptions) -> list[str]:
+def problems(blocking: bool, backlog: str, merge_on_save: bool, limited: bool) -> list[str]:
     """Why options do not go together."""
     found = []
     if backlog not in BACKLOGS:
@@ -176,7 +176,7 @@ def problems(blocking: bool, backlog: str, merge_on_save: bool, options: MergeOp
         return found
     if not merge_on_save:
         found.append("blocking=False is for merge_on_save=True: the end of training waits")
-    if options.min_gain_kept is not None or options.max_kl is not None:
+    if limited:
         found.append(
             "min_gain_kept and max_kl need the live model, which a merge behind the training does "
             "not have; leave them out, or blocking=False"

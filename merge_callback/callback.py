@@ -34,7 +34,7 @@ from merge_callback.export import check_merge, export
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
-from merge_callback.options import MergeOptions
+from merge_callback.options import MergeOptions, positive
 from merge_callback.plan import Plan
 from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergeFailure:
-    """A merge that failed while `on_error="warn"` let training go on, or a push."""
+    """What failed while training went on: a merge, with `on_error="warn"`, or a push."""
 
     step: int
     error: Exception
@@ -163,34 +163,30 @@ class MergeOnSaveCallback(TrainerCallback):
         hub_revision: str | None = None,
         hub_preflight: bool = True,
     ):
-        self._options = MergeOptions(
-            save_method=save_method,
-            rounding=rounding,
-            base=base,
-            calibration_tokens=calibration_tokens,
-            calibration_memory=calibration_memory,
-            rounding_minutes=rounding_minutes,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            max_shard_size=max_shard_size,
-            safe_serialization=safe_serialization,
-            verify=verify,
-            verify_tokens=verify_tokens,
-            min_gain_kept=min_gain_kept,
-            max_kl=max_kl,
-            card=card,
-        )
-        if on_error not in ("raise", "warn"):
-            raise MergeRefused([f"on_error={on_error!r} is not known; use 'raise' or 'warn'"])
-        if on_interrupt not in ("skip", "lora", "merge"):
-            raise MergeRefused(
-                [f"on_interrupt={on_interrupt!r} is not known; use 'skip', 'lora' or 'merge'"]
+        problems = [*_problems(on_error, on_interrupt, keep_last, barrier_timeout)]
+        limited = min_gain_kept is not None or max_kl is not None
+        problems += behind.problems(blocking, backlog, merge_on_save, limited)
+        try:
+            self._options = MergeOptions(
+                save_method=save_method,
+                rounding=rounding,
+                base=base,
+                calibration_tokens=calibration_tokens,
+                calibration_memory=calibration_memory,
+                rounding_minutes=rounding_minutes,
+                dtype=dtype,
+                quantization_config=quantization_config,
+                max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization,
+                verify=verify,
+                verify_tokens=verify_tokens,
+                min_gain_kept=min_gain_kept,
+                max_kl=max_kl,
+                card=card,
             )
-        if keep_last is not None and keep_last < 1:
-            raise MergeRefused(
-                [f"keep_last={keep_last} would keep nothing; use 1 or more, or None"]
-            )
-        if problems := behind.problems(blocking, backlog, merge_on_save, self._options):
+        except MergeRefused as error:
+            problems += error.problems
+        if problems:
             raise MergeRefused(problems)
         self.results: list[MergeResult] = []
         self.pushes: list[Push] = []
@@ -262,11 +258,9 @@ class MergeOnSaveCallback(TrainerCallback):
             self._behind = behind.Behind(self._behind.backlog)
         saves = self._saves_to_come(args, state)
         store = self._store(args)
-        plan = check_merge(model, store, self._options, saves, self._processes)
-        if self._behind is not None and (problems := behind.unfit(plan)):
-            raise MergeRefused(problems)
+        plan = self._check(args, model, store, saves)
         if self._publisher is not None and self._processes.leads:
-            self._publisher.begin(args, store)
+            self._publisher.resume(store)
         if self._data is not None:  # of a training that was cut off
             self._data.close()
         self._datasets = datasets_of(train_dataloader)
@@ -286,6 +280,29 @@ class MergeOnSaveCallback(TrainerCallback):
             plan.nbytes / 1e9,
             store.root,
         )
+
+    def _check(
+        self, args: TrainingArguments, model: nn.Module, store: MergeStore, saves: int
+    ) -> Plan:
+        """All that stands against merging and pushing, in one error."""
+        refused: list[MergeRefused] = []
+        plan = None
+        try:
+            plan = check_merge(model, store, self._options, saves, self._processes)
+            if self._behind is not None and (problems := behind.unfit(plan)):
+                raise MergeRefused(problems)
+        except MergeRefused as error:
+            refused.append(error)
+        try:
+            if self._publisher is not None and self._processes.leads:
+                self._publisher.check(args)
+        except MergeRefused as error:
+            refused.append(error)
+        if len(refused) == 1:
+            raise refused[0]
+        if refused or plan is None:
+            raise MergeRefused([problem for error in refused for problem in error.problems])
+        return plan
 
     def on_save(
         self,
@@ -541,6 +558,20 @@ class MergeOnSaveCallback(TrainerCallback):
         # One above what is kept: pruning comes after publishing, and the best step's may stay too.
         # Behind a training two may be published between two prunings.
         return min(saves, self._keep_last + (2 if self._behind is None else 3))
+
+
+def _problems(
+    on_error: str, on_interrupt: str, keep_last: int | None, barrier_timeout: float
+) -> Iterator[str]:
+    """What is wrong with the options that a merge by itself does not have."""
+    if on_error not in ("raise", "warn"):
+        yield f"on_error={on_error!r} is not known; use 'raise' or 'warn'"
+    if on_interrupt not in ("skip", "lora", "merge"):
+        yield f"on_interrupt={on_interrupt!r} is not known; use 'skip', 'lora' or 'merge'"
+    if keep_last is not None and not (isinstance(keep_last, int) and keep_last > 0):
+        yield f"keep_last={keep_last!r} would keep nothing; use 1 or more, or None"
+    if not positive(barrier_timeout):
+        yield f"barrier_timeout={barrier_timeout!r} must be a positive number"
 
 
 def attach(trainer: Trainer, callback: MergeOnSaveCallback) -> None:

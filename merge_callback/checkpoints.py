@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
         MergeRefused: there is none.
     """
     place = Path(checkpoint)
+    if not place.is_dir():
+        raise MergeRefused([f"{place} is no directory"])
     if (place / _ADAPTER).is_file():
         try:
             return PeftConfig.from_pretrained(str(place))
@@ -131,13 +134,16 @@ def training_of(checkpoint: str | os.PathLike[str]) -> Training:
         return Training()
 
 
-def read_batches(path: str | os.PathLike[str], processor: Any) -> Iterator[Batch]:
+def read_batches(
+    path: str | os.PathLike[str], processor: Any, tokens: int | None = None
+) -> Iterator[Batch]:
     """One batch a row of a JSON Lines file.
 
     Args:
         path: rows have `input_ids`; or `text`, `messages`, or `prompt` and `completion`, which
             `processor` makes tokens of, 2048 at most. What a prompt says does not count as label.
         processor: tokenizer, or processor with one.
+        tokens: how many are enough; rows are drawn then, the same ones each time. None: all rows.
 
     Raises:
         MergeRefused: the file or a row cannot be read.
@@ -147,20 +153,26 @@ def read_batches(path: str | os.PathLike[str], processor: Any) -> Iterator[Batch
         lines = Path(path).read_text("utf-8").split("\n")  # splitlines would split within strings
     except (OSError, UnicodeDecodeError) as error:
         raise MergeRefused([f"{path} cannot be read: {error}"]) from error
-    if not any(map(str.strip, lines)):
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise MergeRefused([f"{path} has no rows"])
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                tokens, prompt = _tokens(json.loads(line), tokenizer)
-                ids = torch.tensor([tokens[:_LONGEST]], dtype=torch.long)
-            except Exception as error:  # of a tokenizer or its template, too
-                raise MergeRefused([f"{path}, line {number}: {error}"]) from error
-            if not ids.numel():
-                raise MergeRefused([f"{path}, line {number}: there is nothing in it"])
-            labels = ids.clone()
-            labels[:, :prompt] = -100
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if tokens is not None:
+        random.Random(0).shuffle(rows)
+    read = 0
+    for number, line in rows:
+        try:
+            found, prompt = _tokens(json.loads(line), tokenizer)
+            ids = torch.tensor([found[:_LONGEST]], dtype=torch.long)
+        except Exception as error:  # of a tokenizer or its template, too
+            raise MergeRefused([f"{path}, line {number}: {error}"]) from error
+        if not ids.numel():
+            raise MergeRefused([f"{path}, line {number}: there is nothing in it"])
+        labels = ids.clone()
+        labels[:, :prompt] = -100
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        read += ids.numel()
+        if tokens is not None and read >= tokens:
+            return
 
 
 def _tokens(row: Any, tokenizer: Any) -> tuple[list[int], int]:

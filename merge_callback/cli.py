@@ -50,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    text = "\n  - ".join(error.problems) if isinstance(error, MergeRefused) else error
-    print(f"merge-callback: {text}", file=sys.stderr)
+    if isinstance(error, MergeRefused) and len(error.problems) == 1:
+        error = error.problems[0]
+    print(f"merge-callback: {error}", file=sys.stderr)
     return code
 
 
@@ -86,7 +87,8 @@ def _merge(given: argparse.Namespace) -> int:
         raise MergeRefused([f"{what} needs --data"])
     base = given.base or adapter_config(given.checkpoint).base_model_name_or_path
     processor = load_processor(given.checkpoint, base)
-    rows = list(read_batches(given.data, processor)) if given.data else None
+    enough = options.calibration_tokens + options.verify_tokens
+    rows = list(read_batches(given.data, processor, enough)) if given.data else None
     model = load_adapter(
         given.checkpoint,
         base,
@@ -94,6 +96,9 @@ def _merge(given: argparse.Namespace) -> int:
         model_class=given.model_class,
         device=given.device,
     )
+    if not given.load_in_4bit and not hasattr(model.config, "quantization_config"):
+        told = "the base is not quantised; if the adapter was trained on it in 4 bits, merge it"
+        print(f"{told} with --load-in-4bit", file=sys.stderr)
     training = training_of(given.checkpoint)
     store = MergeStore(given.output_dir)
     plan = check_merge(model, store, options)

@@ -56,9 +56,8 @@ def compare(
     with torch.no_grad(), quiet[0], quiet[1], quiet[2], computing_on(other, device):
         speakers = {"other": Speaker(other, device)}
         try:
-            found = compare_outputs(Speaker(model, device), base, speakers, batches)["other"]
+            return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]
+        except MergeError:
+            raise
         except Exception as error:  # whatever the models make of it
             raise MergeError(f"the models do not run on these data: {error}") from error
-    if not found.rows:
-        raise MergeError("there is nothing to compare: in these data no token is predicted")
-    return found

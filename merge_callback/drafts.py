@@ -135,10 +135,10 @@ def publish(
 
 
 def failed(store: MergeStore, error: Exception) -> MergeError:
-    return MergeError(
-        f"merging into {store.root} failed: {error}; nothing was published and no draft is "
-        "left: if the disk is full free space, if memory ran out free some, then merge again"
-    )
+    told = f"merging into {store.root} failed: {error}; nothing was published and no draft is left"
+    if isinstance(error, OSError | MemoryError) or "memory" in str(error):
+        told += ": if the disk is full free space, if memory ran out free some, then merge again"
+    return MergeError(told)
 
 
 def _write_cards(

@@ -143,7 +143,7 @@ def preflight(hub: Hub, repo_id: str, private: bool | None, taken: str | None = 
     Raises:
         PushRefused: what stands against it, and which setting to change.
     """
-    problems = name_problems(repo_id)
+    problems = name_problems("hub_model_id", repo_id)
     if is_offline_mode():
         problems.append("HF_HUB_OFFLINE is set: unset it, or set hub_preflight=False")
     elif hub.api.token is None and get_token() is None:
@@ -199,7 +199,7 @@ def _writable(hub: Hub, repo_id: str, private: bool | None, taken: str | None) -
             [f"the token of {user['name']!r} is read-only: make one that can write at {_TOKENS}"]
         )
     repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
-    problems = name_problems(repo_id)
+    problems = name_problems("hub_model_id", repo_id)
     if taken is not None:
         taken = taken if "/" in taken else f"{user['name']}/{taken}"
         if taken == repo_id:
@@ -239,14 +239,14 @@ def _look_around(hub: Hub, repo_id: str, private: bool | None) -> None:
         )
 
 
-def name_problems(repo_id: str) -> list[str]:
-    """Why no repository can be called so."""
+def name_problems(option: str, repo_id: str) -> list[str]:
+    """Why no repository can be called as an option says."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        return [f"repository: {error}"]
+        return [f"{option}: {error}"]
     if len(repo_id) > _LONGEST_ID:
-        return [f"repository: {repo_id!r} is longer than {_LONGEST_ID} characters"]
+        return [f"{option}: {repo_id!r} is longer than {_LONGEST_ID} characters"]
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -19,6 +19,11 @@ SAVE_METHODS = ("merged_4bit", "merged_16bit", "lora")
 ROUNDINGS = ("auto", "nearest", "stochastic", "calibrated", "tuned")
 BASES = ("live", "original")
 _SYNONYMS = {"merged_4bit_forced": "merged_4bit", "forced_merged_4bit": "merged_4bit"}
+
+
+def positive(value: object) -> TypeGuard[float]:
+    """Whether it is a number above 0."""
+    return isinstance(value, int | float) and value > 0  # NaN is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +110,14 @@ class MergeOptions:
             "calibration_memory",
             "rounding_minutes",
             "verify_tokens",
+            "min_gain_kept",
+            "max_kl",
         ):
             value = getattr(self, option)
-            if value is not None and not value > 0:
-                problems.append(f"{option}={value} must be positive")
+            if value is not None and not positive(value):
+                problems.append(f"{option}={value!r} must be a positive number")
+        if positive(least := self.min_gain_kept) and least > 1:
+            problems.append(f"min_gain_kept={least} is a share, from 0 to 1")
         if self.safe_serialization not in (None, True):
             problems.append(
                 "safe_serialization=False would pickle the weights, which can run code when they "
@@ -150,6 +159,8 @@ class MergeOptions:
         if not isinstance(self.save_method, str | Sequence):
             return [f"save_method={self.save_method!r} must be a name or a list of names"]
         known = ", ".join(repr(name) for name in SAVE_METHODS)
+        if not all(isinstance(name, str) for name in self.save_method):
+            return [f"save_method={self.save_method!r} must be a name or a list of names"]
         methods = self.methods(base_is_4bit=True)
         if not methods:
             return [f"save_method is empty; use one or several of {known}"]

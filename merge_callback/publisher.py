@@ -44,8 +44,8 @@ class Publisher:
         self._target: Target | None = None
         self._uploads: Uploads | None = None
 
-    def begin(self, args: TrainingArguments, store: MergeStore) -> None:
-        """Check what can be checked, and go on with pushes that an earlier run left.
+    def check(self, args: TrainingArguments) -> None:
+        """Check what can be checked before training.
 
         Raises:
             PushRefused: what stands against pushing, and which setting to change.
@@ -61,6 +61,10 @@ class Publisher:
         elif taken is not None and same_repository(repo_id, taken):
             raise PushRefused([f"the trainer pushes to {taken}: choose another hub_model_id"])
         self._target = Target(repo_id, self._private, self._revision)
+
+    def resume(self, store: MergeStore) -> None:
+        """Go on with pushes that an earlier run left."""
+        assert self._uploads is not None
         for version in store.pending():
             target = pending(version)
             if target is not None:

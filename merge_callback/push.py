@@ -73,8 +73,8 @@ def push(hub: Hub, version: Version, target: Target) -> Push:
         PushStopped: `hub` was stopped.
     """
     repo_id = full_name(hub, target.repo_id)
-    hub.patiently(hub.api.create_repo, repo_id, private=target.private, exist_ok=True)
     remote = _Remote(hub, repo_id, version, hub.patiently(_files, version, repo_id))
+    hub.patiently(hub.api.create_repo, repo_id, private=target.private, exist_ok=True)
     found = hub.patiently(remote.tagged)
     if found is None:
         commit = remote.upload()
@@ -102,6 +102,16 @@ class _File:
     def of_text(cls, text: str) -> _File:
         content = text.encode()
         return cls(content, FileRecord(len(content), hashlib.sha256(content).hexdigest()))
+
+    def addition(self, path: str) -> CommitOperationAdd:
+        """It, to be added at `path`; the client hashes it once, before anything is sent."""
+        try:
+            found = CommitOperationAdd(path, self.content)
+        except (OSError, ValueError) as error:  # it is gone
+            raise CorruptVersion(f"{path} cannot be read: {error}") from error
+        if found.upload_info.sha256.hex() != self.record.sha256:
+            raise CorruptVersion(f"{path} is not what was written; do not use it")
+        return found
 
     def is_at(self, entry: RepoFile | None) -> bool:
         """Whether the Hub has this file there."""
@@ -316,7 +326,7 @@ class _Remote:
         return self._files[MANIFEST].is_at(tree.get(MANIFEST))
 
     def _new_additions(self) -> dict[str, CommitOperationAdd]:
-        return {p: CommitOperationAdd(p, file.content) for p, file in self._files.items()}
+        return {path: file.addition(path) for path, file in self._files.items()}
 
     def _head_of(self, branch: str) -> str:
         if branch not in self._branches():

@@ -117,22 +117,32 @@ def _is_plain_float(stored: Stored) -> bool:
 
 
 def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
+    """Each problem once, with the first weight that has it and how many others do."""
+    having: dict[str, list[str]] = {}
     for weight in weights:
-        stored = weight.stored
-        if getattr(getattr(stored, "state", None), "packing_format_for_cpu", False):
-            yield (
-                f"{weight.key}: bitsandbytes repacked this weight for AVX512 during an evaluation, "
-                "and its values are no longer exact; reload the model and set "
-                "support_avx512bf16_for_cpu = False on every Linear4bit before the first forward "
-                "in eval mode (MergeOnSaveCallback does so when it is given to the trainer)"
-            )
-        elif any(t.device.type == "meta" for update in weight.updates for t in update.tensors()):
-            yield (
-                f"{weight.key}: its adapter is on the meta device, where PEFT puts those of "
-                "offloaded layers and nothing is learned; load the model with the layer on a device"
-            )
-        elif stored.device.type == "meta":
-            yield f"{weight.key}: offloaded to disk; load the model with all weights on a device"
-        elif weight.updates and not _is_plain_float(stored):
-            kind = f"{stored.dtype} of an unknown quantiser"
-            yield f"{weight.key}: {kind}; use a bitsandbytes or 16-bit base"
+        for problem in _own_problems(weight):
+            having.setdefault(problem, []).append(weight.key)
+    for problem, keys in having.items():
+        others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
+        yield f"{keys[0]}{others}: {problem}"
+
+
+def _own_problems(weight: Weight) -> Iterator[str]:
+    stored = weight.stored
+    if getattr(getattr(stored, "state", None), "packing_format_for_cpu", False):
+        yield (
+            "bitsandbytes repacked this weight for AVX512 during an evaluation, "
+            "and its values are no longer exact; reload the model and set "
+            "support_avx512bf16_for_cpu = False on every Linear4bit before the first forward "
+            "in eval mode (MergeOnSaveCallback does so when it is given to the trainer)"
+        )
+    elif any(t.device.type == "meta" for update in weight.updates for t in update.tensors()):
+        yield (
+            "its adapter is on the meta device, where PEFT puts those of "
+            "offloaded layers and nothing is learned; load the model with the layer on a device"
+        )
+    elif stored.device.type == "meta":
+        yield "offloaded to disk; load the model with all weights on a device"
+    elif weight.updates and not _is_plain_float(stored):
+        kind = f"{stored.dtype} of an unknown quantiser"
+        yield f"{kind}; use a bitsandbytes or 16-bit base"

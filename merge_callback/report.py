@@ -49,7 +49,7 @@ def figures_table(manifest: Manifest) -> str:
     note = (
         f"Measured on {count} predictions of {checked['data']}. KL(trained \\|\\| merged) is in "
         "nats a prediction; gain kept is (base - merged) / (base - trained), in loss, and is left "
-        "out where training gained less than the measurement can tell."
+        "out where training gained less than the measurement can tell, or on one sequence alone."
     )
     return "\n".join([head, *rows, "", note])
 

@@ -363,8 +363,8 @@ def version_at(path: str | os.PathLike[str]) -> Version:
         raise MergeRefused([f"{path} is no directory"])
     found = read_version(place)
     if found is None and (above := read_version(place.parent)) is not None:
-        methods = above.manifest.get("save_methods", ())
-        found = above if place.name in methods and len(methods) > 1 else None
+        parts = {PurePosixPath(name).parts[0] for name in above.records() if "/" in name}
+        found = above if place.name in parts else None
     if found is None:
         raise CorruptVersion(f"{path} has no readable {MANIFEST}: it is not a published version")
     return found

@@ -23,7 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 from tqdm.auto import tqdm
 
-from merge_callback.errors import MergeRefused, PushError, PushRefused, PushStopped
+from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushRefused, PushStopped
 from merge_callback.hub import Hub, Target, explain, name_problems, passes
 from merge_callback.locks import lock, unlock
 from merge_callback.push import Push, push, weight_bytes
@@ -59,7 +59,7 @@ def push_version(
         progress: show a progress bar.
 
     Raises:
-        CorruptVersion: there is no version at `path`.
+        CorruptVersion: there is no version at `path`, or a file is not what was written.
         MergeRefused: there is no such directory; or no repo_id, and no push of this version is
             pending.
         PushRefused: no repository can be called so.
@@ -67,7 +67,7 @@ def push_version(
     """
     version = version_at(path)
     target = Target(repo_id, private, revision) if repo_id is not None else pending(version)
-    if target is not None and (problems := name_problems(target.repo_id)):
+    if target is not None and (problems := name_problems("repo_id", target.repo_id)):
         raise PushRefused(problems)
     if target is None:
         raise MergeRefused([f"no push of {version.path} is pending; give a repo_id"])
@@ -75,7 +75,8 @@ def push_version(
     uploads.add(version, target)
     uploads.join(progress=progress)
     if uploads.failures:
-        raise uploads.failures[0].error
+        error = uploads.failures[0].error
+        raise error.__cause__ if isinstance(error.__cause__, CorruptVersion) else error
     return uploads.pushes[0]
 
 
@@ -192,10 +193,8 @@ class Uploads:
                 return
             version, target = self._waiting.popleft()
             told = PushError(
-                f"{version.name} could not be pushed to {target.repo_id}: {explain(error)}. It is "
-                f"whole in {version.path}, and the push is pending: the next run into the same "
-                f"directory, or merge_callback.push_version({str(version.path)!r}), goes on from "
-                "where it stopped"
+                f"{version.name} could not be pushed to {target.repo_id}: {explain(error)}"
+                + _what_remains(version, error)
             )
             told.__cause__ = error
             self.failures.append(PushFailure(version, target, told))
@@ -230,6 +229,16 @@ def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
         unlock(held)
     logger.info("pushed %s to %s", version.name, done.url)
     return done
+
+
+def _what_remains(version: Version, error: Exception) -> str:
+    if isinstance(error, CorruptVersion):
+        return ". Nothing was sent"
+    return (
+        f". It is whole in {version.path}, and the push is pending: the next run into the same "
+        f"directory, or merge_callback.push_version({str(version.path)!r}), goes on from where it "
+        "stopped"
+    )
 
 
 def _mark(version: Version, target: Target, error: Exception | None = None) -> None:

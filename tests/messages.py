@@ -1,6 +1,7 @@
 """Every message of an error that users see, as it stands in the source."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import merge_callback
 from merge_callback import errors
 
 PACKAGE = Path(merge_callback.__file__).parent
+_ENDS = ("problems", "_misses", "unfit", "unusable")
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
 
@@ -15,23 +17,30 @@ def messages() -> Iterator[tuple[str, str]]:
     """Where it stands, and its text with … for what is filled in."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            for text in _told(node):
+            for text in _told(node, path.stem):
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}", text
 
 
-def fragment(text: str) -> str:
-    """The longest part of a message that is always the same."""
-    return max(text.split("…"), key=len).strip(" ;:,.(")
+def pattern(text: str) -> str:
+    """The words of a message in a cell of a table, where … may stand for more, or be filled in."""
+    words = [part for part in text.split("…") if re.search(r"\w", part)]
+    return "[^|]*?".join(re.escape(part.strip(" ;:")) for part in words)
 
 
-def _told(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in OURS:
+def _told(node: ast.AST, module: str) -> Iterator[str]:
+    raised = OURS | {"ValueError"} if module == "checkpoints" else OURS  # of a row
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in raised:
         yield from _texts(*node.args)
+    elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in (
+        "_CURES",
+        "_LATER",
+    ):
+        yield from _texts(*getattr(node.value, "values", [node.value]))
     elif isinstance(node, ast.Call) and _is_append(node) and _names_problems(node.func.value):
         yield from _texts(*node.args)
     elif isinstance(node, ast.AugAssign) and _names_problems(node.target):
         yield from _texts(node.value)
-    elif isinstance(node, ast.FunctionDef) and node.name.endswith(("problems", "_misses", "unfit")):
+    elif isinstance(node, ast.FunctionDef) and node.name.endswith(_ENDS):
         for inner in ast.walk(node):
             if isinstance(inner, ast.Yield | ast.Return) and inner.value is not None:
                 yield from _texts(inner.value)

@@ -245,6 +245,15 @@ def test_options_that_do_not_go_together_are_refused(settings, told):
         MergeOnSaveCallback(**settings)
 
 
+def test_all_that_is_wrong_with_options_is_said_at_once():
+    wrong = {"rounding": "q", "on_error": "x", "on_interrupt": "y", "keep_last": 0, "backlog": "z"}
+    wrong |= {"barrier_timeout": -1, "save_method": "gguf"}
+    with pytest.raises(MergeRefused) as caught:
+        MergeOnSaveCallback(**wrong)
+    told = sorted(problem.split("=")[0].split()[0] for problem in caught.value.problems)
+    assert told == sorted(wrong)
+
+
 class Jobs:
     """Jobs that end when they are told to."""
 

@@ -256,6 +256,45 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path, capsys, harm, told):
     assert told in capsys.readouterr().err and not MergeStore(out).versions()
 
 
+def test_of_many_rows_as_many_are_drawn_as_are_needed(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"input_ids": [number, number]} for number in range(100)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    drawn = [int(batch["input_ids"][0, 0]) for batch in read_batches(data, None, 20)]
+    assert len(drawn) == 10 == len(set(drawn)) and max(drawn) > 20
+    assert drawn == [int(batch["input_ids"][0, 0]) for batch in read_batches(data, None, 20)]
+    assert sorted(int(b["input_ids"][0, 0]) for b in read_batches(data, None, 999)) == [*range(100)]
+
+
+def test_that_a_base_is_not_quantised_is_said(run, tmp_path, capsys):
+    arguments = ["merge", str(run / "run/checkpoint-3"), "--output-dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "merge it with --load-in-4bit" in capsys.readouterr().err
+    assert main([*arguments, "--load-in-4bit", "--rounding", "nearest"]) == 0
+    assert "--load-in-4bit" not in capsys.readouterr().err
+
+
+def test_several_problems_have_a_head(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code = main(
+        [
+            "merge",
+            str(tmp_path),
+            "--output-dir",
+            "out",
+            "--max-kl",
+            "-1",
+            "--dtype",
+            "int8",
+            "--data",
+            "x",
+        ]
+    )
+    assert code == 1
+    head, *problems = capsys.readouterr().err.splitlines()
+    assert head == "merge-callback: the merge is refused:" and len(problems) == 2
+
+
 def test_a_damaged_base_is_refused(run, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(run / "base", base)
@@ -383,7 +422,7 @@ def test_the_package_gives_what_it_names_whatever_was_imported_before():
 
 def test_an_id_that_no_repository_has_leaves_no_push_behind(exports, capsys):
     assert main(["push", str(exports / "merged"), "a b/c"]) == 1
-    assert "repository" in capsys.readouterr().err
+    assert "repo_id: " in capsys.readouterr().err
     assert MergeStore(exports).pending() == []
 
 

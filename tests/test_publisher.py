@@ -14,12 +14,20 @@ import huggingface_hub.constants
 import pytest
 from hub_server import HubServer
 from huggingface_hub import HfApi
+from models import qlora
 from test_callback import listing, sft, trainer
 from test_push import ONE, TWO, make, state, tree
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import merge_callback.hub
-from merge_callback import MergeError, MergeOnSaveCallback, MergeStore, PushRefused, push_version
+from merge_callback import (
+    MergeError,
+    MergeOnSaveCallback,
+    MergeRefused,
+    MergeStore,
+    PushRefused,
+    push_version,
+)
 from merge_callback.files import hash_file
 from merge_callback.store import push_marker
 
@@ -63,6 +71,16 @@ def test_what_the_hub_would_refuse_is_refused_before_the_first_step(
     assert "hf_" not in str(refusal.value)
     assert server.state()["repos"] == {}
     assert listing(tmp_path) == []
+
+
+def test_what_stands_against_merging_and_pushing_is_said_together(tmp_path, server):
+    callback = pushing(
+        hub_model_id="a/b/c", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    with pytest.raises(MergeRefused) as refusal:
+        trainer(tmp_path, callback, model=qlora(tmp_path)).train()
+    merging, hub = refusal.value.problems
+    assert "4-bit already" in merging and hub.startswith("hub_model_id: ")
 
 
 def test_a_repository_that_this_token_cannot_write_is_refused(tmp_path, server):

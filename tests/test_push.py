@@ -18,8 +18,9 @@ import merge_callback.hub
 from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError
 from merge_callback import push_version as push_in_public
 from merge_callback.hub import Hub, Target
+from merge_callback.locks import lock, unlock
 from merge_callback.push import _Remote
-from merge_callback.store import lock, push_marker, unlock
+from merge_callback.store import push_marker
 from merge_callback.uploads import Uploads
 
 pytestmark = pytest.mark.usefixtures("hub_client")
@@ -301,9 +302,11 @@ def test_a_file_that_rotted_on_the_disk_is_not_tagged(tmp_path, server, path):
     broken = make(tmp_path, TWO, "step-2")
     content = (broken.path / path).read_bytes()
     (broken.path / path).write_bytes(content[:-1] + b"x")
-    with pytest.raises(PushError, match="is not what was"):
+    with pytest.raises(CorruptVersion, match="is not what was written"):
         push_version(broken.path, REPO)
     assert tree(server, "main") == before and state(server)["tags"].keys() == {"step-1"}
+    assert "merge/step-2" not in state(server)["branches"]
+    assert "Nothing was sent" in push_marker(broken.path).read_text()
     (broken.path / path).write_bytes(content)
     assert push_version(broken.path).tag == "step-2"
 
@@ -313,9 +316,9 @@ def test_a_link_that_leads_out_of_the_version_is_not_uploaded(tmp_path, server):
     (tmp_path / "secret").write_bytes(TWO["config.json"])
     (version.path / "config.json").unlink()
     (version.path / "config.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(PushError, match="leads out of the version"):
+    with pytest.raises(CorruptVersion, match="leads out of the version"):
         push_version(version.path, REPO)
-    assert sent(server) == [] and state(server)["tags"] == {}
+    assert sent(server) == [] and server.state()["repos"] == {}
 
 
 def test_a_hub_that_asks_for_a_long_wait_is_asked_again_by_the_next_push(tmp_path, server):
@@ -443,7 +446,7 @@ def test_a_version_that_another_process_pushes_is_left_to_it(tmp_path, server):
 
 
 def test_what_is_no_version_is_said(tmp_path, server):
-    with pytest.raises(CorruptVersion, match="it is no version"):
+    with pytest.raises(CorruptVersion, match="it is not a published version"):
         push_version(tmp_path, REPO)
     version = make(tmp_path, {"lora/config.json": b"{}"})
     with pytest.raises(MergeRefused, match="give a repo_id"):

@@ -333,7 +333,7 @@ def test_hooks_are_not_copied(tmp_path, model):
 
 
 def test_less_than_what_was_asked_for_is_not_published(tmp_path):
-    model = qlora(tmp_path, scale=1e-3)
+    model = qlora(tmp_path, scale=2e-3)
     settings = {"rounding": "nearest", "verification_data": batches(4)}
     found = merge_adapter(model, tmp_path / "all", **settings).manifest["verification"]
     figures = found["models"]["merged_4bit"]
@@ -349,6 +349,9 @@ def test_less_than_what_was_asked_for_is_not_published(tmp_path):
 def test_figures_that_cannot_be_had_are_not_met(tmp_path, model):
     assert "nothing to compare outputs on" in refused(tmp_path, model, max_kl=1.0)
     one = [{"input_ids": torch.arange(3, 40)[None]}]
+    unlabelled = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in one]
+    said = refused(tmp_path, model, max_kl=1.0, verification_data=unlabelled)
+    assert "no token is predicted), so min_gain_kept and max_kl cannot be met" in said
     said = refused(tmp_path, model, min_gain_kept=0.1, verification_data=one)
     assert "one sequence alone" in said
     with pytest.raises(MergeRefused, match="need verify=True"):
@@ -362,7 +365,15 @@ def test_outputs_that_are_not_finite_are_broken(tmp_path, model, monkeypatch):
 
     before_sealing(monkeypatch, overflow)
     said = refused(tmp_path, model, verification_data=batches(1))
-    assert "outputs are not finite" in said
+    assert "its outputs, or the live model's, are not finite" in said
+
+
+def test_a_live_model_that_says_nothing_finite_is_no_yardstick(tmp_path, model):
+    model.get_base_model().config.rms_norm_eps = float("nan")
+    for norm in (m for m in model.modules() if hasattr(m, "variance_epsilon")):
+        norm.variance_epsilon = float("nan")
+    said = refused(tmp_path, model, verification_data=batches(1), max_kl=9.0)
+    assert "its outputs, or the live model's, are not finite" in said
 
 
 def test_outputs_that_the_live_model_has_too_are_no_fault(tmp_path):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, input_device
 from merge_callback.engines import class_of
-from merge_callback.errors import CorruptVersion, VerificationError
+from merge_callback.errors import CorruptVersion, MergeError, VerificationError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.processes import PeerError
@@ -182,7 +182,10 @@ def _compare(
 
 
 def _not_compared(error: Exception) -> str:
-    logger.warning("outputs could not be compared (%s); weights were", error, exc_info=error)
+    known = isinstance(error, MergeError)
+    logger.warning(
+        "outputs could not be compared (%s); weights were", error, exc_info=None if known else error
+    )
     return f"outputs could not be compared ({error})"
 
 
@@ -214,7 +217,9 @@ def _misses(
         )
     elif least is not None and found.gain_kept is not None and found.gain_kept < least:
         told.append(f"keeps {found.gain_kept:.1%} of the gain, min_gain_kept is {least:.1%}")
-    if most is not None and found.kl is not None and not found.kl <= most:
+    if most is not None and found.kl is None:
+        yield f"{method}: max_kl cannot be met: its outputs are no scores of classes"
+    elif most is not None and found.kl is not None and not found.kl <= most:
         told.append(f"KL {found.kl:.4f} nats, max_kl is {most:g}")
     if not told:
         return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, model_inputs, split_batch, token_mask
+from merge_callback.errors import MergeError
 
 _PIECE = 1024  # tokens that a model is given at once, or one sequence
 _ROWS = 256  # compared at once, in float32
@@ -86,6 +87,7 @@ def compare_outputs(
 
     Raises:
         Silent: by name, models that did not answer; the figures of the others are in it.
+        MergeError: no answer counts, so there are no figures.
     """
     sums = {name: _Sums() for name in others}
     ground = _Sums()  # the base's
@@ -113,6 +115,8 @@ def compare_outputs(
     }
     if failed:
         raise Silent(failed, figures)
+    if not any(found.rows for found in figures.values()):
+        raise MergeError("there is nothing to compare: in these data no token is predicted")
     return figures
 
 
@@ -221,7 +225,7 @@ class _Sums:
 
     def against(self, base: _Sums | None) -> Comparison:
         """The figures, with `base` for the model that nothing was added to."""
-        rows = max(1, self.rows)
+        rows = max(1, self.rows)  # no figures come of none
         live = loss = ground = gain = None
         if self.losses:
             live, loss = (sum(part[i] for part in self.losses) / rows for i in (0, 1))
