@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from merge_callback.background import BACKLOGS, Background, Outcome
 from merge_callback.calibration.choice import Choice, choose
@@ -22,7 +23,7 @@ from merge_callback.exact_maths import beside_others, exact_maths, less_exact
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.planning import make_plan
-from merge_callback.snapshot import snapshot
+from merge_callback.snapshot import marks, snapshot
 from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import Kept, Verification, verify_arithmetic
 
@@ -77,12 +78,14 @@ class Behind:
         quiet = replace(options, progress=False)
         wide = less_exact(p.device.type for p in model.parameters())
         taken = snapshot(model)
+        as_taken = marks(taken)
 
         def merge() -> MergeResult:
             try:
                 result = export_snapshot(
-                    taken, store, quiet, beside, choice, seconds, wide=wide, stop=self._stop
-                )
+                    taken, store, quiet, beside, choice, seconds,
+                    as_taken=as_taken, wide=wide, stop=self._stop,
+                )  # fmt: skip
                 done(result)
             except Exception as error:  # now, for nobody may be there to ask what became of it
                 logger.warning("step %d, merged behind the training: %s", step, error)
@@ -121,6 +124,7 @@ def export_snapshot(
     choice: Choice | None,
     seconds: float,
     *,
+    as_taken: Sequence[Tensor] = (),
     wide: frozenset[str],
     stop: Event,
 ) -> MergeResult:
@@ -134,6 +138,7 @@ def export_snapshot(
     Args:
         choice: 4-bit codes that have been chosen with data; None: they are chosen without.
         seconds: what that took.
+        as_taken: the `marks` of the model when it was taken; none: it is nobody else's.
         wide: what has to be computed in float64, see `exact_maths.less_exact`.
         stop: ends the merge, if it is set while weights are written.
 
@@ -149,6 +154,12 @@ def export_snapshot(
 
             def verify(draft: Draft, places: Mapping[str, Path], kept: Kept) -> Verification:
                 draft.verify()
+                if not all(map(torch.equal, marks(model), as_taken)):
+                    raise MergeError(
+                        "the base was written to while it was merged behind the training, as "
+                        "merge_adapter() does, of PEFT and of trainers that generate; leave out "
+                        "blocking=False"
+                    )
                 return verify_arithmetic(plan, options)
 
             return publish(plan, store, options, beside, choice, clock, verify, stop)

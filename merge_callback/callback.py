@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -208,6 +209,7 @@ class MergeOnSaveCallback(TrainerCallback):
         self._data: TrainingData | None = None
         self._on_interrupt = on_interrupt
         self._saved: int | None = None  # step of the last checkpoint
+        self._began = 0.0  # when training did
         self._barrier_timeout = barrier_timeout
         self._processes = ALONE
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
@@ -252,6 +254,7 @@ class MergeOnSaveCallback(TrainerCallback):
     ) -> None:
         keep_cpu_weights_unpacked(model)
         self._merged = self._saved = None
+        self._began = time.time() - 2  # some file systems know seconds alone
         if self._behind is not None:  # of a training that was cut off; what failed was said
             left = self._processes.from_leader(self._behind.outcomes(wait=True))
             self.results += [outcome.result for outcome in left if outcome.result is not None]
@@ -322,8 +325,10 @@ class MergeOnSaveCallback(TrainerCallback):
         moment = Moment(args, state, model, processing_class, eval_dataloader, None, last)
         failed = self._harvest(moment, wait=last)
         waits = self._behind is None or last
-        self._try(moment, self._merge if waits else self._merge_behind)
-        self._tell(failed)
+        try:
+            self._try(moment, self._merge if waits else self._merge_behind)
+        finally:
+            self._tell(failed)
 
     def on_step_end(
         self,
@@ -356,17 +361,19 @@ class MergeOnSaveCallback(TrainerCallback):
             self._data.close()
         # Each process may have a file system of its own.
         best = self._processes.from_leader(best_step(args, state))
-        stopped = self._processes.from_leader(interrupted(args, state, self._saved))
+        stopped = self._processes.from_leader(interrupted(args, state, self._saved, self._began))
         moment = Moment(args, state, model, processing_class, eval_dataloader, best, True)
         done = self._merged == (state.global_step, None) and best in (None, state.global_step)
         leaves = stopped and self._on_interrupt != "merge"
         try:
             failed = self._harvest(moment, wait=not leaves)
-            if leaves:
-                self._leave(moment)
-            elif not done:
-                self._try(moment, self._merge, rescue=True)
-            self._tell(failed)
+            try:
+                if leaves:
+                    self._leave(moment)
+                elif not done:
+                    self._try(moment, self._merge, rescue=True)
+            finally:
+                self._tell(failed)
         except MergeError:
             self._finish_pushes(moment)
             raise
@@ -395,6 +402,10 @@ class MergeOnSaveCallback(TrainerCallback):
             step = moment.state.global_step
             saved = self._rescue(moment) if rescue else f"the adapter is in checkpoint-{step}"
             self._fail(step, error, f"; {saved}")
+        except BaseException:  # Ctrl-C, in a merge that takes minutes; others are not waited for
+            if rescue and self._processes.count == 1:
+                logger.warning("the merge was cut off; %s", self._rescue(moment))
+            raise
 
     def _fail(self, step: int, error: Exception, saved: str = "") -> None:
         failure = MergeError(f"the merge at step {step} failed: {error}{saved}")

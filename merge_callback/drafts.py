@@ -30,7 +30,7 @@ from merge_callback.weights import write_weights
 logger = logging.getLogger(__name__)
 
 _NAMES = {"gain_kept": "gain kept", "kl": "KL"}
-_LITTLE = 0.5  # retention below which a 4-bit export has lost most of what was trained
+_LITTLE = 0.5  # retention, or gain kept, below which most of what was trained is lost
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,14 @@ def _report(
         for name, spec in (("gain_kept", ".1%"), ("kl", ".5f")):
             if found.get(name) is not None:
                 parts.append(f"{method} {_NAMES[name]} {found[name]:{spec}}")
+        gain = found.get("gain_kept")
+        if gain is not None and gain < _LITTLE:
+            logger.warning(
+                "%s: %s keeps %.1f %% of what training gained; the report tells where it was lost",
+                version.path,
+                method,
+                100 * gain,
+            )
     told = ", ".join(parts)
     size = sum(file["size"] for file in version.manifest["files"].values())
     logger.info(

@@ -60,7 +60,9 @@ def saves_to_come(args: TrainingArguments, state: TrainerState) -> int:
     return math.ceil(state.num_train_epochs or 1) if strategy == "epoch" else 0
 
 
-def interrupted(args: TrainingArguments, state: TrainerState, saved: int | None) -> bool:
+def interrupted(
+    args: TrainingArguments, state: TrainerState, saved: int | None, since: float
+) -> bool:
     """Whether SIGTERM ends the training, and the trainer has just saved a checkpoint for it.
 
     It does so under `enable_jit_checkpoint`, without an event: such a checkpoint is one that no
@@ -68,12 +70,14 @@ def interrupted(args: TrainingArguments, state: TrainerState, saved: int | None)
 
     Args:
         saved: the step of the last `on_save`.
+        since: when training began, as time.time() says: a checkpoint of before is another's.
     """
     if not args.enable_jit_checkpoint or state.global_step >= state.max_steps:
         return False
     steps = {state.global_step, state.global_step - 1} - {saved}  # saved ahead of the last step too
     root = Path(args.output_dir or ".")
-    return any((root / f"checkpoint-{step}").is_dir() for step in steps)
+    files = [file for step in steps for file in (root / f"checkpoint-{step}").glob("*")]
+    return any(file.stat().st_mtime >= since for file in files)
 
 
 def _checkpoint_step(checkpoint: str | None) -> int | None:

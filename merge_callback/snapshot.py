@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MARKS = 64  # of each parameter, or some more
 _CONFIGS = (PretrainedConfig, GenerationConfig, PeftConfig)
 
 
@@ -34,6 +35,17 @@ def snapshot(model: PeftModel) -> PeftModel:
     if torch.accelerator.is_available():  # the copies are made, whatever stream they are read on
         torch.accelerator.synchronize()
     return taken
+
+
+def marks(model: nn.Module) -> list[Tensor]:
+    """Some values of each frozen parameter of floats, which tell whether somebody wrote to it.
+
+    PEFT's `merge_adapter()` writes to those in place, and what `unmerge_adapter()` puts back is
+    not the same in its last bits. Quantised parameters it replaces, which harms no snapshot.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    flat = [p.detach().flatten() for p in frozen if type(p.data) is Tensor]
+    return [values[:: values.numel() // _MARKS | 1].to("cpu", copy=True) for values in flat]
 
 
 class _Copies:

@@ -290,6 +290,7 @@ class MergeStore:
                 target.mkdir()
             except FileExistsError:
                 continue
+            push_marker(target).unlink(missing_ok=True)  # of a version that is gone
             try:
                 draft.rename(target)
             except OSError as error:

@@ -126,7 +126,8 @@ class Uploads:
 
         What failed before is tried once more, ahead of it.
         """
-        _mark(version, target)
+        if pending(version) is None:  # what is pending elsewhere stays so
+            _mark(version, target)
         with self._change:
             again = [(failure.version, failure.target) for failure in self.failures]
             self.failures = []
@@ -194,12 +195,13 @@ class Uploads:
             version, target = self._waiting.popleft()
             told = PushError(
                 f"{version.name} could not be pushed to {target.repo_id}: {explain(error)}"
-                + _what_remains(version, error)
+                + _what_remains(version, target, error)
             )
             told.__cause__ = error
             self.failures.append(PushFailure(version, target, told))
-        with suppress(OSError):
-            _mark(version, target, told)
+        if pending(version) in (None, target):
+            with suppress(OSError):
+                _mark(version, target, told)
 
     def _hush(self) -> None:
         """No bars of the client's between those of the training, unless the user insists."""
@@ -224,16 +226,19 @@ def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
         )
     try:
         done = push(hub, version, target)
-        push_marker(version.path).unlink(missing_ok=True)
+        if pending(version) in (None, target):
+            push_marker(version.path).unlink(missing_ok=True)
     finally:
         unlock(held)
     logger.info("pushed %s to %s", version.name, done.url)
     return done
 
 
-def _what_remains(version: Version, error: Exception) -> str:
+def _what_remains(version: Version, target: Target, error: Exception) -> str:
     if isinstance(error, CorruptVersion):
         return ". Nothing was sent"
+    if pending(version) not in (None, target):
+        return f". It is whole in {version.path}, and still to be pushed elsewhere: push it again"
     return (
         f". It is whole in {version.path}, and the push is pending: the next run into the same "
         f"directory, or merge_callback.push_version({str(version.path)!r}), goes on from where it "

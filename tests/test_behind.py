@@ -158,6 +158,43 @@ class Slow(TrainerCallback):
                 thread.join(60)
 
 
+def test_a_base_that_is_written_to_meanwhile_is_not_published(tmp_path, monkeypatch):
+    model = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"))
+
+    class Generates(TrainerCallback):
+        """As trainers do that hand the merged weights to another engine."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                model.merge_adapter()
+                model.unmerge_adapter()
+                gate.opened.set()
+
+    gate = Gate(monkeypatch, None)
+    training = trainer(
+        tmp_path, Generates(), Slow(), MergeOnSaveCallback(**LATER), model=model, **EVERY_2
+    )
+    with pytest.raises(MergeError, match="at step 2 failed: the base was written to while"):
+        training.train()
+    assert listing(tmp_path) == []
+
+
+def test_a_failure_behind_is_told_though_the_last_merge_fails_too(tmp_path, monkeypatch):
+    failing(monkeypatch, 2)
+
+    class Breaks(MergeOnSaveCallback):
+        def _merge(self, moment):
+            raise MergeError("no room for the last")
+
+    callback = Breaks(**LATER)
+    gate = Gate(monkeypatch, 4)
+    training = trainer(tmp_path, gate, callback, max_steps=4, **EVERY_2)
+    with pytest.raises(MergeError) as caught:
+        training.train()
+    told = f"{caught.value} {caught.value.__context__}"
+    assert "the disk is full" in told and "no room for the last" in told
+
+
 def test_a_failure_is_told_at_the_next_step(tmp_path, monkeypatch):
     failing(monkeypatch, 2)
     training = trainer(tmp_path, Slow(), MergeOnSaveCallback(**LATER), **EVERY_2)

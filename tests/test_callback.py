@@ -405,7 +405,7 @@ def test_memory_that_runs_out_does_not_restart_training(tmp_path, monkeypatch):
     assert len(losses(run)) == 4
 
 
-def test_an_interrupt_during_a_merge_leaves_no_draft(tmp_path, monkeypatch):
+def test_an_interrupt_during_the_last_merge_leaves_the_adapter_and_no_draft(tmp_path, monkeypatch):
     from merge_callback.adapters.lora import LowRank
 
     def interrupted(self, merged, base, rows):
@@ -414,7 +414,7 @@ def test_an_interrupt_during_a_merge_leaves_no_draft(tmp_path, monkeypatch):
     monkeypatch.setattr(LowRank, "add_to", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, MergeOnSaveCallback()).train()
-    assert listing(tmp_path) == []
+    assert listing(tmp_path) == ["step-00000004-adapter"]
 
 
 def test_rotation_and_versions_leave_each_other_alone(tmp_path):
@@ -501,6 +501,10 @@ def test_early_stopping_merges_under_jit_checkpoints_too(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
+    stale = tmp_path / "run/checkpoint-3/trainer_state.json"  # of a run of long ago
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    os.utime(stale, (1e9, 1e9))
     callback = MergeOnSaveCallback(rounding="nearest", verify=False)
     trainer(tmp_path, callback, Stop(), enable_jit_checkpoint=True, max_steps=9).train()
     assert listing(tmp_path) == ["step-00000003"]

@@ -6,6 +6,7 @@ The client is the real one, over real HTTP, to a server in a process of its own.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -443,6 +444,27 @@ def test_a_version_that_another_process_pushes_is_left_to_it(tmp_path, server):
         push_version(version.path, REPO)
     os.close(held)
     assert push_version(version.path).tag == "step-1"
+
+
+def test_a_push_that_is_pending_stays_so_when_the_version_goes_elsewhere(tmp_path, server):
+    version = make(tmp_path)
+    server.fault("/preupload/", "status", status=403, times=1)
+    with pytest.raises(PushError, match="the push is pending"):
+        push_version(version.path, "me/first")
+    push_version(version.path, "me/second")
+    assert json.loads(push_marker(version.path).read_text())["repo_id"] == "me/first"
+    assert push_version(version.path).repo_id == "me/first"
+    assert MergeStore(tmp_path).pending() == []
+
+
+def test_a_new_version_is_not_pushed_to_where_a_lost_one_was_going(tmp_path):
+    version = make(tmp_path)
+    push_marker(version.path).write_text(
+        '{"repo_id": "me/m", "private": false, "revision": "main"}'
+    )
+    shutil.rmtree(version.path)
+    assert make(tmp_path).path == version.path
+    assert MergeStore(tmp_path).pending() == []
 
 
 def test_what_is_no_version_is_said(tmp_path, server):

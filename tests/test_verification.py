@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from merge_callback import (
     compare,
     merge_adapter,
 )
-from merge_callback.adapters import lora
+from merge_callback.adapters import lora, tokens
 from merge_callback.codecs import encode, plain
 from merge_callback.export import check_merge
 from merge_callback.merging import Merging
@@ -344,6 +345,34 @@ def test_less_than_what_was_asked_for_is_not_published(tmp_path):
         assert len(said) < 1200  # one screen
     met = {"min_gain_kept": figures["gain_kept"] - 0.01, "max_kl": figures["kl"] * 1.1}
     merge_adapter(model, tmp_path / "out", **settings, **met)
+
+
+def test_16_bits_that_keep_little_of_the_gain_are_not_published(tmp_path, monkeypatch):
+    """A formula that is wrong in the same way for those who write and those who check."""
+    model = qlora(tmp_path)
+    monkeypatch.setattr(lora.LowRank, "add_to", lambda *args: None)
+    monkeypatch.setattr(checks, "adapter_problems", lambda plan: [])
+    settings = {"save_method": "merged_16bit", "verification_data": batches(4)}
+    assert "of what training gained" in refused(tmp_path, model, **settings)
+
+
+def test_4_bits_that_keep_little_of_the_gain_are_said(tmp_path, monkeypatch, caplog):
+    against = outputs._Sums.against
+    monkeypatch.setattr(
+        outputs._Sums, "against", lambda self, base: replace(against(self, base), gain_kept=0.3)
+    )
+    merge_adapter(qlora(tmp_path), tmp_path / "out", verification_data=batches(4), progress=False)
+    assert "merged_4bit keeps 30.0 % of what training gained" in caplog.text
+
+
+def test_tokens_that_are_trained_are_among_those_that_are_asked(tmp_path, monkeypatch):
+    base = load_base(save_base(tmp_path / "base", vocab_size=6080), "float32")
+    model = adapt(base, trainable_token_indices=[6000, 6001])
+    with torch.no_grad():
+        base.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1)
+    monkeypatch.setattr(tokens.Rows, "add_to", lambda *args: None)
+    said = refused(tmp_path, model, save_method="merged_16bit")
+    assert "embed_tokens: what is merged differs from PEFT's own" in said
 
 
 def test_figures_that_cannot_be_had_are_not_met(tmp_path, model):

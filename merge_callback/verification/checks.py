@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 Kept: TypeAlias = Mapping[str, Mapping[str, Retention]]  # method -> weight -> retention
 _PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
 _WORST = 5
+_LITTLE = 0.5  # of the gain; 16 bits lose a few percent at the worst
 
 
 @dataclass
@@ -209,6 +210,12 @@ def _misses(
     if not found.finite:
         yield f"{method}: its outputs, or the live model's, are not finite"
         return
+    little = found.gain_kept is not None and found.gain_kept < _LITTLE
+    if method == "merged_16bit" and little and least is None:
+        yield (
+            f"{method}: keeps {found.gain_kept:.1%} of what training gained; use dtype='float32', "
+            "and if that keeps no more, report it"
+        )
     if least is not None and found.gain_kept is None:
         yield (
             f"{method}: min_gain_kept cannot be met: on {found.rows} predictions training gained "

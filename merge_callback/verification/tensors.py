@@ -166,7 +166,8 @@ def _is_transposed(container: Container, found: Weight) -> bool:
 def adapter_problems(plan: Plan) -> Iterator[str]:
     """Layers whose merged weight is not what PEFT computes with, by name."""
     generator = torch.Generator().manual_seed(0)
-    for name, layer in plan.model.named_modules():
+    for path, layer in plan.model.named_modules():
+        name = path.removesuffix(".token_adapter")  # below the wrapper of PEFT's trainable tokens
         weight = plan.weights.get(f"{name}.weight")
         if not isinstance(layer, BaseTunerLayer) or weight is None:
             continue
@@ -208,7 +209,7 @@ def _maths_error_on(
     base = weight.decoded(device).float()
     alone = detached(layer, base).to(device)
     inner = alone.get_base_layer()
-    inputs = _probes(inner, generator).to(device)
+    inputs = _probes(layer, inner, generator).to(device)
     plain = inner(inputs)
     theirs = alone(inputs) - plain
     inner.weight = nn.Parameter(weight.merged(base), requires_grad=False)
@@ -220,9 +221,11 @@ def _maths_error_on(
     return float((ours - theirs).norm()) / size if size else float(ours.norm())
 
 
-def _probes(base: Any, generator: torch.Generator) -> Tensor:
+def _probes(layer: Any, base: Any, generator: torch.Generator) -> Tensor:
     if isinstance(base, nn.Embedding):
-        return torch.randint(0, base.num_embeddings, (_PROBES,), generator=generator)
+        drawn = torch.randint(0, base.num_embeddings, (_PROBES,), generator=generator)
+        trained = getattr(layer, "token_indices", {}).values()  # of some tokens alone
+        return torch.cat([drawn, *map(torch.as_tensor, trained)])
     if not is_linear(base):
         return picture(base, generator)
     return torch.randn(_PROBES, width(base), generator=generator)
