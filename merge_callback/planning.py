@@ -18,6 +18,7 @@ from transformers.modeling_utils import unwrap_model
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from merge_callback.adapters import Update
+from merge_callback.adapters.lora import LowRank
 from merge_callback.codecs import Container, Stored, TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
@@ -198,6 +199,8 @@ def _same(one: Weight, other: Weight) -> bool:
 def _identity(update: Update) -> tuple[Any, ...]:
     """Equal for changes that come from the same tensors and are made in the same way."""
     trained = [t for t in update.tensors() if t.dim() and t.is_floating_point()]
+    if isinstance(update, LowRank) and update.transposed:  # an embedding's: its tie has B' and A'
+        trained.reverse()
     return (type(update), *map(storage, trained))
 
 

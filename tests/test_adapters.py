@@ -215,6 +215,29 @@ def test_loras_merge_as_peft_computes_them(tmp_path, name, kind, support):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
+def test_both_ends_of_a_tied_adapter_are_checked_and_tied_where_they_are(tmp_path, kind, caplog):
+    ends = ["q_proj", "embed_tokens", "lm_head"]
+    base = load_base(save_base(tmp_path / "base"), kind)
+    model = adapt(base, target_modules=ends, ensure_weight_tying=True, seed=5)
+    batch = {"input_ids": torch.arange(3, 60)[None]}
+    settings = {"save_method": "merged_16bit", "dtype": "float32", "progress": False}
+    result = merge_adapter(model, tmp_path / "out", verification_data=[batch], **settings)
+    assert "could not be checked" not in caplog.text
+    heads = [
+        layer.get_delta_weight("default")
+        for layer in (base.get_submodule("lm_head"), base.model.embed_tokens)
+    ]
+    tied = torch.equal(*heads)
+    assert tied == (kind == "float32")  # PEFT casts the factors of a bfloat16 base, each by itself
+    assert ("lm_head.weight" in load_file(result.path / "model.safetensors")) != tied
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        stock = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+        found = stock(**batch).logits
+    assert torch.allclose(found, wanted.float(), atol=1e-4 if tied else 0.1 * float(wanted.std()))
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_tokens_of_tied_embeddings_stay_tied(tmp_path, kind):
     model = qlora(tmp_path, kind, trainable_token_indices=[1, 5, 300])

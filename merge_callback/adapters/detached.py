@@ -31,6 +31,8 @@ def detached(layer: Any, base: Tensor) -> Any:
         known |= {id(v): type(v)() for k, v in vars(module).items() if _is_hooks(k)}
         for name in _NOT_COPIED & vars(module).keys():
             known[id(vars(module)[name])] = None
+        if "kwargs" in vars(module):  # nobody reads them; views of a tied adapter may be in there
+            known[id(vars(module)["kwargs"])] = {}
     # What a forward has left in a buffer may hang on its graph.
     known |= {id(b): b.detach().clone() for b in layer.buffers() if not b.is_leaf}
     alone = copy.deepcopy(layer, known)
