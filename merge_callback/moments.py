@@ -77,7 +77,7 @@ def interrupted(
     steps = {state.global_step, state.global_step - 1} - {saved}  # saved ahead of the last step too
     root = Path(args.output_dir or ".")
     files = [file for step in steps for file in (root / f"checkpoint-{step}").glob("*")]
-    return any(file.stat().st_mtime >= since for file in files)
+    return any(file.lstat().st_mtime >= since for file in files)
 
 
 def _checkpoint_step(checkpoint: str | None) -> int | None:

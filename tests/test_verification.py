@@ -365,6 +365,20 @@ def test_4_bits_that_keep_little_of_the_gain_are_said(tmp_path, monkeypatch, cap
     assert "merged_4bit keeps 30.0 % of what training gained" in caplog.text
 
 
+@pytest.mark.parametrize("base", ["live", "original"])
+def test_the_original_base_may_have_gained_less(tmp_path, monkeypatch, caplog, base):
+    against = outputs._Sums.against
+    monkeypatch.setattr(
+        outputs._Sums, "against", lambda self, base: replace(against(self, base), gain_kept=0.3)
+    )
+    settings = {"save_method": "merged_16bit", "verification_data": batches(4), "base": base}
+    if base == "live":
+        assert "of what training gained" in refused(tmp_path, qlora(tmp_path), **settings)
+    else:
+        merge_adapter(qlora(tmp_path), tmp_path / "out", progress=False, **settings)
+        assert "merged_16bit keeps 30.0 % of what training gained" in caplog.text
+
+
 def test_tokens_that_are_trained_are_among_those_that_are_asked(tmp_path, monkeypatch):
     base = load_base(save_base(tmp_path / "base", vocab_size=6080), "float32")
     model = adapt(base, trainable_token_indices=[6000, 6001])

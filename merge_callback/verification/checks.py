@@ -211,7 +211,8 @@ def _misses(
         yield f"{method}: its outputs, or the live model's, are not finite"
         return
     little = found.gain_kept is not None and found.gain_kept < _LITTLE
-    if method == "merged_16bit" and little and least is None:
+    # On the original base it is another model by itself, which may have gained less.
+    if method == "merged_16bit" and options.base == "live" and little and least is None:
         yield (
             f"{method}: keeps {found.gain_kept:.1%} of what training gained; use dtype='float32', "
             "and if that keeps no more, report it"
