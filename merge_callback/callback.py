@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -359,10 +360,15 @@ class MergeOnSaveCallback(TrainerCallback):
             return
         if self._data is not None:
             self._data.close()
+        with closing(self._processes):
+            self._end(Moment(args, state, model, processing_class, eval_dataloader, None, True))
+
+    def _end(self, moment: Moment) -> None:
+        args, state = moment.args, moment.state
         # Each process may have a file system of its own.
         best = self._processes.from_leader(best_step(args, state))
         stopped = self._processes.from_leader(interrupted(args, state, self._saved, self._began))
-        moment = Moment(args, state, model, processing_class, eval_dataloader, best, True)
+        moment = replace(moment, best_step=best)
         done = self._merged == (state.global_step, None) and best in (None, state.global_step)
         leaves = stopped and self._on_interrupt != "merge"
         try:

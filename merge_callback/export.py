@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,18 @@ def merge_adapter(
     if options.needs_data and calibration_data is None:
         raise MergeRefused([f"rounding={rounding!r} needs calibration_data"])
     store = MergeStore(output_dir)
-    processes = Processes(barrier_timeout) if is_sharded_model(model) else ALONE
-    with processes.alike():
-        plan = check_merge(model, store, options, processes=processes)
-    return export(
-        plan,
-        store,
-        options,
-        name=name,
-        processing_class=processing_class,
-        data=Data(training=calibration_data, evaluation=verification_data),
-        processes=processes,
-    )
+    with closing(Processes(barrier_timeout) if is_sharded_model(model) else ALONE) as processes:
+        with processes.alike():
+            plan = check_merge(model, store, options, processes=processes)
+        return export(
+            plan,
+            store,
+            options,
+            name=name,
+            processing_class=processing_class,
+            data=Data(training=calibration_data, evaluation=verification_data),
+            processes=processes,
+        )
 
 
 def check_merge(

@@ -62,12 +62,20 @@ def gathered(value):
     return told
 
 
+def threads():
+    """How many threads of gloo there are, which free what was exchanged."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
 def ddp(root, make, **behind):
     """Train on two processes, merging at each save; then merge the same model in one."""
     settings = {"save_method": METHODS, "rounding": "stochastic"}
     callback = MergeOnSaveCallback(merge_on_save=True, **settings, **behind)
     run = make(root, callback, max_steps=4, save_strategy="steps", save_steps=2)
+    before = threads()
     run.train()
+    assert threads() == before > 0  # one that frees as the interpreter ends aborts it
     assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
     logged = [entry["step"] for entry in run.state.log_history if "merge/seconds" in entry]
     told = gathered([[result.version for result in callback.results], logged])
@@ -314,7 +322,9 @@ def sharded(root, engine, quantised, adapter="lora"):
     held, modules = parts(model), dict(model.named_modules())
     attributes = {(n, a) for n, module in modules.items() for a in vars(module)}
     settings = {"save_method": methods, "rounding": "auto", "progress": False}
+    talking = threads()
     result = merge_adapter(model, root / "together", processing_class=tokenizer(), **settings)
+    assert threads() == talking > 0
     kept = same(held, parts(model)) and modules == dict(model.named_modules())
     kept &= attributes <= {(n, a) for n, module in modules.items() for a in vars(module)}
     told = gathered([result.version, kept and step() == before])
@@ -417,6 +427,10 @@ if __name__ == "__main__":
     found = MODES[mode](root)
     if RANK == 0:  # in a file: what two processes print at once may stand in one line
         (root / "told.json").write_text(json.dumps(found))
-    # A process that leaves while the other still reads from it ends that one by SIGABRT.
+    # SIGABRT ends a process whose peer leaves while it still reads from that one, and one in which
+    # gloo still frees what the last barrier exchanged when the interpreter ends.
     dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # though engines hold on to theirs
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
