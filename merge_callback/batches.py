@@ -1,4 +1,4 @@
-"""Batches to run the model on: from a dataset, or caught as the model meets them.
+"""Batches to run the model on: drawn from a dataset, or the last ones that it was trained on.
 
 A batch is what the model's forward takes, a dict of tensors. Knows nothing of rounding.
 """
@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from merge_callback.errors import MergeError
-from merge_callback.stand_ins import generators_kept
+from merge_callback.forked import POSSIBLE, forked
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
+# Collators that keep the names of the columns.
+_KEEP_NAMES = ("transformers.data.data_collator", "trl.trainer.sft_trainer")
 # What a batch is made of, (rows, length, ...): the first that is there tells how many tokens.
 _INPUTS = (
     "input_ids",
@@ -37,57 +39,91 @@ _INPUTS = (
 
 
 class Drawn:
-    """Batches of a trainer's dataset in an order of chance that is always the same.
+    """Batches of a trainer's map-style dataset, shuffled with a fixed seed.
+
+    Empty where the dataset does not give what the model takes. Each iteration draws anew.
 
     Args:
-        loader: the trainer's; only its dataset and its collator are used, so that neither its
-            sampler nor its workers notice.
+        model: the model below the adapter's wrapper.
+        loader: the trainer's, or None. Only its dataset and its collator are read, in a process of
+            their own.
+        batch_size: sequences in a batch.
     """
 
-    def __init__(self, loader: Any, batch_size: int):
-        self._loader: DataLoader[Batch] = DataLoader(
-            loader.dataset,
-            batch_size=batch_size,
-            shuffle=True,
-            collate_fn=loader.collate_fn,
-            generator=torch.Generator(),
-        )
+    def __init__(self, model: PreTrainedModel, loader: Any, batch_size: int):
+        self._inputs = ("inputs_embeds", model.main_input_name)
+        self._loader = loader
+        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        assert self._loader.generator is not None
-        self._loader.generator.manual_seed(0)
-        return iter(self._loader)
+        dataset = getattr(self._loader, "dataset", None)
+        if dataset is None or isinstance(dataset, IterableDataset) or not POSSIBLE:
+            return
+        batches = forked(self._batches)
+        try:
+            first = next(batches, None)
+        except MergeError as error:  # no reason to stop a training
+            logger.info("the dataset cannot be asked for batches (%s)", error)
+            return
+        if first is None or not any(isinstance(first.get(key), Tensor) for key in self._inputs):
+            return
+        yield first
+        yield from batches
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether the dataset's columns show that it gives what the model takes."""
+        collate = getattr(self._loader, "collate_fn", None)
+        module = getattr(collate, "__module__", None)  # of a function, or of an object's class
+        columns = getattr(getattr(self._loader, "dataset", None), "column_names", None) or ()
+        given = module in _KEEP_NAMES and not set(self._inputs).isdisjoint(columns)
+        return given and POSSIBLE
 
-def drawn(model: PreTrainedModel, loader: Any, batch_size: int) -> Drawn | None:
-    """Batches of a trainer's loader; None where its dataset does not give what the model takes."""
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return None
-    batches = Drawn(loader, batch_size)
-    return batches if _gives_inputs(model, batches) else None
+    def _batches(self) -> Iterator[Batch]:
+        return iter(
+            DataLoader(
+                self._loader.dataset,
+                batch_size=self._batch_size,
+                shuffle=True,
+                collate_fn=self._loader.collate_fn,
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
 
 
 class TrainingData:
-    """The data of a trainer: drawn from its dataset, or the last batches there were.
+    """Drawn from the trainer's dataset; where that is not possible, the last batches there were.
+
+    No row is drawn before batches are asked for.
 
     Args:
         model: the model below the adapter's wrapper.
         loader: the trainer's.
         batch_size: sequences in a batch.
-        tokens: of the last batches to keep, where the dataset cannot be asked for some.
+        tokens: of the last batches to keep.
     """
 
     def __init__(self, model: PreTrainedModel, loader: Any, *, batch_size: int, tokens: int):
-        self._drawn = drawn(model, loader, batch_size)
-        self._last = _LastBatches(model, tokens) if self._drawn is None else None
+        self._model = model
+        self._tokens = tokens
+        self._drawn = Drawn(model, loader, batch_size)
+        self._last: _LastBatches | None = None
 
-    def batches(self) -> Iterable[Batch]:
+    def watch(self) -> None:
+        """Keep the last batches from now on, unless the dataset is certain to give some."""
+        if self._last is None and not self._drawn.is_certain:
+            self._last = _LastBatches(self._model, self._tokens)
+
+    def batches(self) -> Iterator[Batch]:
         """What there is, without an effect on the training."""
-        if self._drawn is not None:
-            return self._drawn
-        assert self._last is not None
-        return list(self._last.batches)
+        batches = iter(self._drawn)
+        first = next(batches, None)
+        if first is not None:
+            self.close()
+            yield first
+            yield from batches
+        elif self._last is not None:
+            yield from self._last.taken()
 
     def close(self) -> None:
         """Stop looking at what the model is trained on."""
@@ -103,47 +139,41 @@ def datasets_of(loader: Any) -> tuple[str, ...]:
     return tuple(sorted({match[1] for match in found if match}))
 
 
-def _gives_inputs(model: PreTrainedModel, loader: Iterable[Batch]) -> bool:
-    """Whether the loader gives what the model's forward takes; random generators do not move."""
-    try:
-        with generators_kept():
-            batch = next(iter(loader), None)
-    except Exception as error:  # whatever a foreign dataset raises is no reason not to train
-        logger.info("the training dataset cannot be asked for batches (%s)", error)
-        return False
-    given = ("inputs_embeds", model.main_input_name)
-    return isinstance(batch, Mapping) and any(isinstance(batch.get(k), Tensor) for k in given)
-
-
 class _LastBatches:
-    """The last batches that a model was trained on, caught at its door."""
+    """The last batches that a model was trained on, seen by a forward pre-hook."""
 
     def __init__(self, model: PreTrainedModel, tokens: int):
-        self.batches: deque[Batch] = deque()
+        self._batches: deque[Batch] = deque()
         self._tokens = tokens
         self._count = 0
-        self._handle = model.register_forward_pre_hook(self._catch, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def taken(self) -> list[Batch]:
+        """What there is, on the CPU."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return list(self._batches)
 
     def close(self) -> None:
         self._handle.remove()
 
-    def _catch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return  # an evaluation, or a sample that is being generated
         named = dict(
             zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False)
         )
-        batch = {
-            key: value.detach().cpu()
+        batch = {  # into pinned memory: training does not wait for the copies
+            key: value.detach().to("cpu", non_blocking=True)
             for key, value in {**named, **kwargs}.items()
             if isinstance(value, Tensor) and value.dim() > 0
         }
-        if not tokens_in(batch):
+        if not _positions_in(batch):
             return
-        self.batches.append(batch)
-        self._count += tokens_in(batch)
-        while self._count - tokens_in(self.batches[0]) >= self._tokens:
-            self._count -= tokens_in(self.batches.popleft())
+        self._batches.append(batch)
+        self._count += _positions_in(batch)
+        while self._count - _positions_in(self._batches[0]) >= self._tokens:
+            self._count -= _positions_in(self._batches.popleft())
 
 
 def tokens_in(batch: Batch) -> int:
@@ -151,6 +181,11 @@ def tokens_in(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int(mask.sum())
+    return _positions_in(batch)
+
+
+def _positions_in(batch: Batch) -> int:
+    """Tokens of a batch, padding included; from shapes, so that no device is waited for."""
     ids = next(iter(_inputs(batch)), None)
     return 0 if ids is None else ids.shape[0] * ids.shape[1]
 
@@ -253,13 +288,20 @@ def token_mask(batch: Batch) -> Tensor | None:
 def loss_mask(batch: Batch) -> Tensor | None:
     """Tokens whose prediction training looked at, (batch, length) bool; None: all.
 
-    A label belongs to the token before it.
+    A label belongs to the token before it, and without labels each token is one.
     """
-    labels, mask = batch.get("labels"), token_mask(batch)
-    if not isinstance(labels, Tensor):
-        return mask
-    wanted = torch.zeros(labels.shape, dtype=torch.bool)
-    wanted[:, :-1] = labels[:, 1:].cpu() != -100
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if isinstance(labels, Tensor) and labels.dim() < 2:  # of whole sequences
+        return token_mask(batch)
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        counted = labels.cpu() != -100
+    elif isinstance(ids, Tensor) and ids.dim() == 2:
+        mask = token_mask(batch)
+        counted = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.cpu()
+    else:
+        return None
+    wanted = torch.zeros_like(counted)
+    wanted[:, :-1] = counted[:, 1:]
     return wanted
 
 

@@ -25,7 +25,12 @@ from merge_callback.plan import Plan
 from merge_callback.planning import make_plan
 from merge_callback.snapshot import marks, snapshot
 from merge_callback.store import Draft, MergeStore
-from merge_callback.verification.checks import Kept, Verification, verify_arithmetic
+from merge_callback.verification.checks import (
+    Kept,
+    Verification,
+    Written,
+    verify_beside_training,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +165,8 @@ def export_snapshot(
                         "merge_adapter() does, of PEFT and of trainers that generate; leave out "
                         "blocking=False"
                     )
-                return verify_arithmetic(plan, options)
+                given, settings = beside.processing_class, beside.training.settings
+                return verify_beside_training(plan, options, Written(places, given, settings or {}))
 
             return publish(plan, store, options, beside, choice, clock, verify, stop)
     except MergeError:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import unwrap_model
 
 from merge_callback import behind
 from merge_callback.background import Outcome
-from merge_callback.batches import Batch, TrainingData, datasets_of, drawn, take
+from merge_callback.batches import Batch, Drawn, TrainingData, datasets_of, take
 from merge_callback.calibration.choice import Choice, choose
 from merge_callback.companions import live_settings
 from merge_callback.data import Data, gather
@@ -268,8 +268,6 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._data is not None:  # of a training that was cut off
             self._data.close()
         self._datasets = datasets_of(train_dataloader)
-        if isinstance(self._verification_data, Iterator):  # every merge looks at it
-            self._verification_data = take(self._verification_data, self._options.verify_tokens)
         rounds = plan.to_round() and self._options.wants_data
         if not plan.sharded and (self._options.verify or rounds):
             self._data = TrainingData(
@@ -278,6 +276,7 @@ class MergeOnSaveCallback(TrainerCallback):
                 batch_size=args.per_device_train_batch_size,
                 tokens=self._options.calibration_tokens + self._options.verify_tokens,
             )
+            self._data.watch()
         logger.info(
             "merges to come: %d of %.2f GB each, into %s",
             saves,
@@ -509,10 +508,13 @@ class MergeOnSaveCallback(TrainerCallback):
             self._fail(outcome.step, outcome.error)
 
     def _data_for(self, moment: Moment, plan: Plan) -> Data:
+        if isinstance(self._verification_data, Iterator) and self._options.verify:
+            # Every merge looks at it.
+            self._verification_data = take(self._verification_data, self._options.verify_tokens)
         evaluation = self._verification_data
-        if evaluation is None and self._options.verify:
+        if evaluation is None:
             size = moment.args.per_device_eval_batch_size
-            evaluation = drawn(plan.model, moment.eval_dataloader, size)
+            evaluation = Drawn(plan.model, moment.eval_dataloader, size)
         training = None if self._data is None else self._data.batches()
         return Data(training=training, evaluation=evaluation, datasets=self._datasets)
 

@@ -55,6 +55,14 @@ class SavedProcessor:
             paths = [path for path in Path(directory).rglob("*") if path.is_file()]
             self._files = {path.relative_to(directory): path.read_bytes() for path in paths}
 
+    def differing(self, directory: Path) -> list[str]:
+        """Files of a directory that are not as they were saved."""
+        return sorted(
+            name.as_posix()
+            for name, content in self._files.items()
+            if not (directory / name).is_file() or (directory / name).read_bytes() != content
+        )
+
     def save_pretrained(self, directory: Path) -> None:
         """Write the files."""
         for name, content in self._files.items():
@@ -103,21 +111,20 @@ def save_adapter(
     Args:
         state: entries of the model's state dict; None: the model's own.
     """
-    before = {name: dict(vars(model.peft_config[name])) for name in adapters}
-    try:
+    with contextlib.ExitStack() as undo:
+        for name in adapters:
+            settings = vars(model.peft_config[name])
+            undo.callback(settings.update, dict(settings))
         ours = threading.current_thread() is threading.main_thread()
         # Catching warnings is for all threads at once, so another one ignores these for good.
         with warnings.catch_warnings() if ours else contextlib.nullcontext():
             # PEFT asks the Hub whether the vocabulary was resized, and warns when it cannot.
             warnings.filterwarnings("ignore", message="Could not find a config file")
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-            settings = {} if state is None else {"state_dict": dict(state)}
-            model.save_pretrained(str(directory), selected_adapters=list(adapters), **settings)
+            given = {} if state is None else {"state_dict": dict(state)}
+            model.save_pretrained(str(directory), selected_adapters=list(adapters), **given)
         if len(adapters) == 1 and adapters != ("default",):
             _lift(directory / adapters[0])  # so that PeftModel.from_pretrained(directory) finds it
-    finally:
-        for name, values in before.items():
-            vars(model.peft_config[name]).update(values)
 
 
 def _lift(directory: Path) -> None:

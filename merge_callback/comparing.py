@@ -52,8 +52,13 @@ def compare(
         model = rebuild(live)
     device = input_device(model)
     other = rebuild(directory, type(model))
-    quiet = (generators_kept(), evaluating(model), exact_maths([device.type]))
-    with torch.no_grad(), quiet[0], quiet[1], quiet[2], computing_on(other, device):
+    with (
+        torch.no_grad(),
+        generators_kept(),
+        evaluating(model),
+        exact_maths([device.type]),
+        computing_on(other, device),
+    ):
         speakers = {"other": Speaker(other, device)}
         try:
             return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]

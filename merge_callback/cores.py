@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Barrier
+from contextlib import ExitStack, contextmanager
+from threading import Event, Semaphore
 from typing import TypeVar
 
 import torch
+
+from merge_callback.errors import MergeError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -57,18 +59,39 @@ def threads_of_one_core(
 
     Args:
         begin: what each thread does first.
+
+    Raises:
+        MergeError: the system allows no more threads.
     """
 
-    def take_one_core() -> None:
-        torch.get_num_threads()  # a thread that never asked would take those of the others later
-        torch.set_num_threads(1)
-        begin()
+    def begin_and_wait() -> None:
+        try:
+            torch.get_num_threads()  # a thread that never asked takes those of the others later
+            torch.set_num_threads(1)
+            begin()
+        finally:
+            started.release()
+        all_started.wait()  # so that each of these has a thread of its own
 
     before = torch.get_num_threads()
-    started = Barrier(count + 1)
-    threads = ThreadPoolExecutor(count, name, take_one_core)
-    for _ in range(count):
-        threads.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(before)  # what one thread sets holds for those that start later
+    started, all_started = Semaphore(0), Event()
+    threads = ThreadPoolExecutor(count, name)
+    with ExitStack() as undo:
+        # What one thread sets holds for those that start later.
+        undo.callback(torch.set_num_threads, before)
+        stop = undo.enter_context(ExitStack())
+        stop.callback(threads.shutdown, wait=False, cancel_futures=True)
+        undo.callback(all_started.set)  # those that did start do not wait for ever
+        try:
+            begun = [threads.submit(begin_and_wait) for _ in range(count)]
+        except RuntimeError as error:
+            raise MergeError(
+                f"no thread can be started ({error}); raise the limit of processes (ulimit -u, or "
+                "the container's pids limit)"
+            ) from error
+        for _ in range(count):
+            started.acquire()
+        stop.pop_all()
+    for future in begun:
+        future.result()
     return threads

@@ -6,7 +6,7 @@ FSDP2's parameters know their whole shapes by themselves; it only gives modules 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from merge_callback.errors import MergeRefused
 from merge_callback.host_memory import return_freed_memory
 from merge_callback.sharding import Hidden, Unit
+from merge_callback.undo import Undone
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,26 +83,25 @@ class WholeView:
         self._hide_partitioned(model)
         self.of_an_engine = bool(self._renamed or self._hidden)
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
+    def shown(self) -> Undone:
         """The model looks whole; nothing can run on it."""
-        self._cover()
-        try:
-            yield
-        finally:
-            self._uncover()
 
-    @contextmanager
-    def _lifted(self) -> Iterator[None]:
+        def change(undo: ExitStack) -> None:
+            for _ in range(2):  # Ctrl-C may cut off the first
+                undo.callback(self._uncover)
+            self._cover()
+
+        return Undone(change)
+
+    def _lifted(self) -> Undone:
         """The model is itself, for an engine that needs it in between."""
-        shown = self._covered is not None
-        if shown:
-            self._uncover()
-        try:
-            yield
-        finally:
-            if shown:
-                self._cover()
+
+        def change(undo: ExitStack) -> None:
+            if self._covered is not None:
+                undo.callback(self._cover)
+                self._uncover()
+
+        return Undone(change)
 
     def _cover(self) -> None:
         for parent, name, wrapper in self._wrapped:
@@ -110,8 +110,10 @@ class WholeView:
             module.__class__ = class_of(module)
         self._covered = []
         for module, hidden in self._hidden:
-            attributes = {n: module.__dict__.pop(n) for n in hidden if n in module.__dict__}
+            attributes = {n: module.__dict__[n] for n in hidden if n in module.__dict__}
             self._covered.append((module, dict(module._parameters), attributes))
+            for name in attributes:
+                del module.__dict__[name]
             module._parameters.pop("_flat_param", None)
             module._parameters.update(hidden)  # type: ignore[arg-type]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from merge_callback.undo import Undone, put
 
 _EXACT = ("ieee", "none")
 _MATMUL = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"})
@@ -17,8 +19,7 @@ _CONVOLUTION = frozenset({"convolution"})
 _this_thread = threading.local()
 
 
-@contextlib.contextmanager
-def exact_maths(devices: Iterable[str]) -> Iterator[None]:
+def exact_maths(devices: Iterable[str]) -> Undone:
     """Neither autocast, on devices of these types, nor TF32 anywhere; new tensors are float32.
 
     The latter for bitsandbytes, which makes the tables of its formats in the default dtype.
@@ -29,42 +30,41 @@ def exact_maths(devices: Iterable[str]) -> Iterator[None]:
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
     )
-    before = [backend.fp32_precision for backend in backends]
-    devices = set(devices) - {"meta"}
-    with contextlib.ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
+
+    def change(undo: ExitStack) -> None:
+        for device in set(devices) - {"meta"}:
+            undo.enter_context(torch.autocast(device, enabled=False))
         if (wide := getattr(_this_thread, "wide", None)) is not None:
             if wide:  # it costs each operation some time of the interpreter's
-                stack.enter_context(InFloat64(wide))
-            yield
+                undo.enter_context(InFloat64(wide))
             return
-        default = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(torch.float32)
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            torch.set_default_dtype(default)
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = "none"  # inherit again, where that gives what was there
-                if backend.fp32_precision != precision:
-                    backend.fp32_precision = precision
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        for backend in backends:
+            for _ in range(2):  # Ctrl-C may cut off the first
+                undo.callback(_put_back, backend, backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+
+    return Undone(change)
 
 
-@contextlib.contextmanager
-def beside_others(wide: frozenset[str]) -> Iterator[None]:
+def _put_back(backend: Any, precision: str) -> None:
+    backend.fp32_precision = "none"  # inherit again, where that gives what was there
+    if backend.fp32_precision != precision:
+        backend.fp32_precision = precision
+
+
+def beside_others(wide: frozenset[str]) -> Undone:
     """In this thread leave settings that hold for all threads as they are; others compute too.
 
     Args:
         wide: what is computed in float64, since those settings allow less than float32 for it.
     """
-    _this_thread.wide = wide
-    try:
-        yield
-    finally:
-        _this_thread.wide = None
+
+    def change(undo: ExitStack) -> None:
+        put(undo, vars(_this_thread), "wide", wide)
+
+    return Undone(change)
 
 
 def less_exact(devices: Iterable[str]) -> frozenset[str]:

@@ -33,6 +33,7 @@ from merge_callback.store import Draft, MergeStore, check_name
 from merge_callback.verification.checks import (
     Kept,
     Verification,
+    Written,
     broken_weights,
     verify_models,
 )
@@ -240,9 +241,8 @@ def _export(
         return verify_models(
             plan,
             options,
-            places,
+            Written(places, processing_class, training.settings or {}),
             kept,
-            processing_class=processing_class,
             batches=batches,
             data=told,
         )

@@ -91,6 +91,7 @@ def _verified(found: Verification) -> dict[str, Any]:
     return {
         "data": found.data,
         "problems": found.problems,
+        "checks": found.checks,
         "models": {
             method: {
                 "weights": len(tensors),

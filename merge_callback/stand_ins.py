@@ -5,16 +5,18 @@ Knows nothing of rounding. Everything here is undone when its context is left, b
 
 from __future__ import annotations
 
-import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+
+from merge_callback.undo import Undone, put
 
 SMALL = 1 << 20  # values of an unquantised weight that may be held in float32: of norms, of biases
 
@@ -74,55 +76,48 @@ def product(inputs: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(inputs.to(weight.dtype), weight)
 
 
-@contextlib.contextmanager
-def standing_in(model: nn.Module, stand_ins: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+def standing_in(model: nn.Module, stand_ins: Mapping[str, Callable[..., Tensor]]) -> Undone:
     """Put stand-ins, by the names of the layers, in the place of their forwards."""
-    with contextlib.ExitStack() as undo:
+
+    def change(undo: ExitStack) -> None:
         for name, stand in stand_ins.items():
-            layer = model.get_submodule(name)
-            own = vars(layer).get("forward")  # accelerate's hooks put one there
-            layer.forward = stand
-            undo.callback(_restore, layer, own)
-        yield
+            put(undo, vars(model.get_submodule(name)), "forward", stand)  # accelerate may have one
+
+    return Undone(change)
 
 
-def _restore(layer: nn.Module, forward: Any) -> None:
-    del layer.forward
-    if forward is not None:
-        layer.forward = forward
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Undone:
     """No dropout, no gradient checkpointing; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+
+    def change(undo: ExitStack) -> None:
+        for module in model.modules():
+            if module.training:
+                undo.callback(vars(module).__setitem__, "training", True)
+        model.eval()
+
+    return Undone(change)
 
 
-@contextlib.contextmanager
-def without_adapters(model: PeftModel) -> Iterator[None]:
+def without_adapters(model: PeftModel) -> Undone:
     """The base alone; what is trainable stays trainable."""
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    with warnings.catch_warnings():
+
+    def change(undo: ExitStack) -> None:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        undo.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # that trained biases stay is what PEFT warns of
-        try:
-            with model.disable_adapter():
-                yield
-        finally:
-            for parameter, wanted in trainable:
-                if parameter.requires_grad != wanted:
-                    parameter.requires_grad_(wanted)
+        for part in model.modules():  # PEFT registers no undo before its change
+            for flag in {"_disable_adapters", "_adapters_disabled"} & vars(part).keys():
+                undo.callback(vars(part).__setitem__, flag, vars(part)[flag])
+        undo.enter_context(model.disable_adapter())
+
+    return Undone(change)
 
 
-@contextlib.contextmanager
-def in_float32(module: nn.Module) -> Iterator[None]:
+def in_float32(module: nn.Module) -> Undone:
     """Parameters and buffers of 16 bits and up to SMALL values in float32."""
-    with contextlib.ExitStack() as undo:
+
+    def change(undo: ExitStack) -> None:
         for owner in module.modules():
             members: list[dict[str, Any]] = [owner._parameters, owner._buffers]
             for tensors in members:
@@ -130,18 +125,18 @@ def in_float32(module: nn.Module) -> Iterator[None]:
                     if tensor is None or tensor.numel() > SMALL:
                         continue
                     if tensor.dtype in (torch.bfloat16, torch.float16):
-                        undo.callback(tensors.__setitem__, name, tensor)
-                        tensors[name] = nn.Parameter(tensor.detach().float(), requires_grad=False)
-        yield
+                        wide = nn.Parameter(tensor.detach().float(), requires_grad=False)
+                        put(undo, tensors, name, wide)
+
+    return Undone(change)
 
 
-@contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
+def generators_kept() -> Undone:
     """The state of every random generator comes back: Python's, NumPy's, torch's on each device."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
+
+    def change(undo: ExitStack) -> None:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(numpy.random.set_state, numpy.random.get_state())
+        undo.enter_context(torch.random.fork_rng())
+
+    return Undone(change)

@@ -231,7 +231,32 @@ def test_a_label_stands_for_the_token_before_it():
     labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, -100]])
     mask = loss_mask({"input_ids": labels, "labels": labels})
     assert mask.tolist() == [[False, True, True, False], [True, False, False, False]]
-    assert loss_mask({"input_ids": labels}) is None
+    every = loss_mask({"input_ids": labels})
+    assert every.tolist() == [[True, True, True, False]] * 2
+    padded = loss_mask({"input_ids": labels, "attention_mask": torch.tensor([[1, 1, 0, 0]] * 2)})
+    assert padded.tolist() == [[True, False, False, False]] * 2
+    assert loss_mask({"input_ids": labels, "labels": torch.tensor([1, 0])}) is None
+    assert loss_mask({"pixel_values": labels}) is None
+
+
+@pytest.mark.parametrize("kind", ["no label counts", "single tokens"])
+def test_data_in_which_nothing_is_predicted_is_not_called_tuned_or_verified(
+    tmp_path, model, caplog, kind
+):
+    data = batches(8)
+    if kind == "no label counts":
+        data = [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in data]
+    else:
+        data = [{"input_ids": b["input_ids"].reshape(-1, 1)} for b in data]
+    result = merge_adapter(
+        model, tmp_path / "out", rounding="tuned", calibration_data=data, progress=False
+    )
+    assert result.manifest["rounding"] == "calibrated"
+    assert "in these data no token is predicted" in caplog.text
+    found = result.manifest["verification"]
+    why = "not run: there is nothing to compare: in these data no token is predicted"
+    assert found["data"] is None and found["checks"]["outputs"] == why
+    assert found["models"]["merged_4bit"].keys() == {"weights", "largest_error"}
 
 
 def test_batches_are_cut_where_rows_are_sequences():
@@ -476,12 +501,14 @@ def test_where_a_dataset_cannot_be_asked_the_last_batches_are_caught(model, sour
     base = model.get_base_model()
     loader = Loader(stream, collate if source == "stream" else preferences)
     data = TrainingData(base, loader, batch_size=4, tokens=70)
+    data.watch()
     model.train()
     for batch in batches(3, rows=1):
         model(**batch)
     model.eval()
     model(**batches(1)[0])  # an evaluation is no training
     assert [b["input_ids"].shape for b in data.batches()] == [(1, 32)] * 3
+    assert base._forward_pre_hooks  # it goes on
     model.train()
     model(**batches(1, rows=2)[0])
     assert sum(b["input_ids"].numel() for b in data.batches()) == 96  # enough, and no more

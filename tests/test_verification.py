@@ -6,7 +6,6 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,12 +39,14 @@ from merge_callback import (
 )
 from merge_callback.adapters import lora, tokens
 from merge_callback.codecs import encode, plain
+from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.export import check_merge
+from merge_callback.live import Weight
 from merge_callback.merging import Merging
 from merge_callback.options import MergeOptions
 from merge_callback.processes import PeerError
 from merge_callback.store import Draft
-from merge_callback.verification import checks, outputs, rebuilt, tensors
+from merge_callback.verification import arithmetic, checks, outputs, rebuilt, tensors
 from merge_callback.verification.outputs import Speaker, compare_outputs
 from merge_callback.verification.rebuilt import layer_by_layer, rebuild
 
@@ -287,9 +288,7 @@ def test_what_is_rounded_away_by_a_loader_is_no_fault(tmp_path):
 
 
 def test_memory_that_runs_out_moves_the_check_to_the_cpu(tmp_path, model, monkeypatch):
-    from merge_callback.verification import tensors
-
-    whole, tried = tensors.detached, []
+    whole, tried = arithmetic.detached, []
 
     def once(*args):
         tried.append(args)
@@ -297,19 +296,66 @@ def test_memory_that_runs_out_moves_the_check_to_the_cpu(tmp_path, model, monkey
             raise torch.OutOfMemoryError("none left")
         return whole(*args)
 
-    monkeypatch.setattr(tensors, "detached", once)
+    monkeypatch.setattr(arithmetic, "detached", once)
     merge_adapter(model, tmp_path / "out")
     assert len(tried) == 15
 
 
-def test_a_check_that_cannot_be_made_is_no_finding(tmp_path, model, monkeypatch, caplog):
+CHECKS = {
+    "adapter_findings": "adapter",
+    "base_findings": "base",
+    "config_problems": "merged_4bit: config",
+    "generation_problems": "merged_4bit: generation config",
+    "processor_problems": "merged_4bit: tokenizer",
+    "deviations": "merged_4bit: weights",
+    "tie_problems": "merged_4bit: ties",
+    "buffer_problems": "merged_4bit: buffers",
+    "compare_outputs": "outputs",
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_that_breaks_down_has_found_something(tmp_path, model, monkeypatch, check):
     def fail(*args):
         raise TypeError("cannot copy a lock")
 
-    monkeypatch.setattr(checks, "adapter_problems", fail)
-    monkeypatch.setattr(checks, "deviations", fail)
-    assert merge_adapter(model, tmp_path / "out").manifest["verification"]["problems"] == []
-    assert caplog.text.count("could not be checked (cannot copy a lock)") == 2
+    monkeypatch.setattr(checks, check, fail)
+    said = refused(tmp_path, model, verification_data=batches(1))
+    assert "TypeError: cannot copy a lock" in said and said.count("\n") == 1
+    settings = {"verify": "warn", "verification_data": batches(1), "progress": False}
+    found = merge_adapter(model, tmp_path / "out", **settings).manifest["verification"]
+    assert found["checks"].pop(CHECKS[check]) == "failed"
+    assert len(found["problems"]) == 1 and set(found["checks"].values()) <= {"passed"}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_that_memory_is_too_short_for_is_noted(tmp_path, model, monkeypatch, caplog, check):
+    def fail(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(checks, check, fail)
+    result = merge_adapter(model, tmp_path / "out", verification_data=batches(1), progress=False)
+    found = result.manifest["verification"]
+    assert found["problems"] == []
+    assert found["checks"].pop(CHECKS[check]) == "not run: memory is short: none left"
+    assert set(found["checks"].values()) == {"passed"}
+    assert f"{CHECKS[check]} not checked (memory is short: none left)" in caplog.text
+
+
+def test_the_manifest_says_which_checks_ran(tmp_path, model):
+    given = {"processing_class": tokenizer(), "save_method": [*METHODS, "lora"], "progress": False}
+    plain = merge_adapter(model, tmp_path / "out", **given).manifest["verification"]
+    both = {f"{m}: {what}" for m in METHODS for what in
+            ("tokenizer", "config", "generation config", "weights", "ties", "buffers")}  # fmt: skip
+    of_files = {"lora: tokenizer", "lora: adapter files"}
+    assert plain["checks"] == {
+        **dict.fromkeys({"adapter", "base", *both, *of_files}, "passed"),
+        "outputs": "not run: there was nothing to compare outputs on",
+    }
+    seen = merge_adapter(model, tmp_path / "out", **given, verification_data=batches(2))
+    outputs_too = {f"{m}: outputs" for m in METHODS}
+    wanted = dict.fromkeys({"adapter", "base", *both, *of_files, *outputs_too}, "passed")
+    assert seen.manifest["verification"]["checks"] == wanted
 
 
 def test_hooks_are_not_copied(tmp_path, model):
@@ -351,7 +397,7 @@ def test_16_bits_that_keep_little_of_the_gain_are_not_published(tmp_path, monkey
     """A formula that is wrong in the same way for those who write and those who check."""
     model = qlora(tmp_path)
     monkeypatch.setattr(lora.LowRank, "add_to", lambda *args: None)
-    monkeypatch.setattr(checks, "adapter_problems", lambda plan: [])
+    monkeypatch.setattr(checks, "adapter_findings", lambda plan: arithmetic.Findings())
     settings = {"save_method": "merged_16bit", "verification_data": batches(4)}
     assert "of what training gained" in refused(tmp_path, model, **settings)
 
@@ -402,11 +448,12 @@ def test_figures_that_cannot_be_had_are_not_met(tmp_path, model):
 
 
 def test_outputs_that_are_not_finite_are_broken(tmp_path, model, monkeypatch):
-    def overflow(path):
-        config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": float("nan")}))
+    def overflow(place, kind, whole=rebuild):
+        made = whole(place, kind)
+        made.model.norm.variance_epsilon = float("nan")
+        return made
 
-    before_sealing(monkeypatch, overflow)
+    monkeypatch.setattr(checks, "rebuild", overflow)
     said = refused(tmp_path, model, verification_data=batches(1))
     assert "its outputs, or the live model's, are not finite" in said
 
@@ -459,7 +506,9 @@ def test_a_comparison_that_fails_is_no_fault_of_the_files(tmp_path, model, monke
     assert "none left" in caplog.text
     limits = {"max_kl": 1.0, "verification_data": batches(1)}
     (tmp_path / "new").mkdir()
-    assert "could not be compared (none left)" in refused(tmp_path / "new", model, **limits)
+    assert "could not be compared (memory is short: none left)" in refused(
+        tmp_path / "new", model, **limits
+    )
 
 
 # --- what is compared ---------------------------------------------------------------------------
@@ -818,36 +867,44 @@ def test_rows_that_are_no_whole_blocks_are_written_as_the_format_has_them(tmp_pa
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_code_next_to_a_boundary_may_be_on_its_other_side(tmp_path, rounding):
-    """As on a device that adds in another order. One row that is wrong is more than that."""
+    """As on a device that adds in another order. A code beyond its neighbours may not."""
+    import bitsandbytes.functional as bnb
+
     model = qlora(tmp_path)
     plan = check_merge(model, MergeStore(tmp_path / "out"), MergeOptions(rounding=rounding))
     key = "model.layers.0.mlp.up_proj.weight"
     weight, container = plan.weights[key], plan.containers["merged_4bit"][key]
     merging = Merging(weight, {"": container}, torch.device("cpu"))
     with torch.no_grad():
-        parts = list(merging)
-        written = torch.cat([part[""].reshape(-1) for *_, part in parts])
-        exact = torch.cat([merged.reshape(-1) for _, merged, _ in parts])
+        exact = torch.cat([merged.reshape(-1) for _, merged, _ in merging])
+        encoded = merging.tensors("")
+    parts = {k.removeprefix(f"{key}."): v for k, v in encoded.items() if k != key}
+    state = bnb.QuantState.from_dict(parts, device="cpu")
+    packed = encoded[key].reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)
+    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    if rounding == "nearest":
+        scales = exact.abs().view(-1, 64).amax(1)
+    ratios = exact / scales.repeat_interleave(64)
+    table = bnb.get_4bit_type("nf4", device="cpu")  # in order of its values
+    edges = (table[1:] + table[:-1]) / 2 if rounding == "nearest" else table[1:-1]
+    apart, edge = (ratios[:, None] - edges).abs().min(1)
+    index = int(apart.argmin())
+    # What rounds to below the edge, and what to above it; a table value is a neighbour of both.
+    ends = (edge[index], edge[index] + (1 if rounding == "nearest" else 2))
+    other = ends[0] if ratios[index] > edges[edge[index]] else ends[1]
 
-        def broken(values):
-            there = values.bfloat16().view(weight.stored.shape)
-            found = SimpleNamespace(decoded=lambda device: there)
-            return tensors._deviation_on(torch.device("cpu"), weight, container, found).broken
+    def broken(index, code):
+        changed = codes.clone()
+        changed[index] = code
+        pairs = changed.view(-1, 2)
+        again = ((pairs[:, 0] << 4) | pairs[:, 1]).view(-1, 1)
+        found = Weight(key, Bnb4Weight(again, state))
+        return tensors._deviation(weight, container, found).broken
 
-        nearest = (1.0, 0, 0.0)
-        for first in range(0, len(exact), 64):
-            grid = written[first : first + 64].unique()
-            middles = (grid[1:] + grid[:-1]) / 2
-            apart, below = (exact[first : first + 64, None] - middles).abs().min(1)
-            index = int(apart.argmin())
-            ends = grid[below[index] : below[index] + 2]
-            other = ends[0] if ends[1] == written[first + index] else ends[1]
-            nearest = min(nearest, (float(apart[index]), first + index, float(other)))
-        across, damaged = written.clone(), written.clone()
-        across[nearest[1]] = nearest[2]
-        damaged[:128] = damaged[:128].roll(1)
-        assert not torch.equal(across, written)
-        assert [broken(values) for values in (written, across, damaged)] == [False, False, True]
+    assert apart[index] < 1e-4 and codes[index] != other
+    beyond = int((codes == 7).nonzero()[0])  # 0 has the smallest gaps
+    assert [broken(0, codes[0]), broken(index, other), broken(beyond, 9)] == [False, False, True]
 
 
 def test_that_a_peer_failed_is_not_taken_for_a_damaged_weight(tmp_path, monkeypatch):

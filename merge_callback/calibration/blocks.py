@@ -7,8 +7,8 @@ rounding.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from merge_callback.stand_ins import (
     stand_in,
     standing_in,
 )
+from merge_callback.undo import Undone, hooked
 
 _SHIFTED = 0.02  # relative error below which a sum has moved as its summand did
 _ALIKE = 0.1  # the same for a block that is run alone, in more bits than within the model
@@ -88,14 +89,15 @@ class Block:
         self._stand_ins = {n: stand_in(module.get_submodule(n)) for n in linears}
         self.dtype = stream_dtype(module, linears)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> Undone:
         """Ready to be run."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(standing_in(self._module, self._stand_ins))
+
+        def change(undo: ExitStack) -> None:
+            undo.enter_context(standing_in(self._module, self._stand_ins))
             if self.dtype == torch.float32:
-                stack.enter_context(in_float32(self._module))
-            yield
+                undo.enter_context(in_float32(self._module))
+
+        return Undone(change)
 
     def run(self, batch: int, hidden: Tensor, weights: Weights) -> Tensor:
         """The outputs for the inputs `hidden` of a batch."""
@@ -217,11 +219,11 @@ class Block:
             return hook
 
         linears = tuple(self._stand_ins)
-        with contextlib.ExitStack() as hooks:
+        with ExitStack() as undo:
             for name, module in self._module.named_modules():
                 if name and not name.startswith(linears):
-                    handle = module.register_forward_pre_hook(note(name))
-                    hooks.callback(handle.remove)
+                    hooked(undo, module)
+                    module.register_forward_pre_hook(note(name))
             reads[""] = self.run(0, hidden, weights)
         return reads
 
@@ -247,19 +249,19 @@ class Block:
             return reached.value
         raise MergeError(f"{self.name}: not all batches take the same way through the model")
 
-    @contextlib.contextmanager
-    def _stopped_at(self, module: str, met: list[Tensor]) -> Iterator[None]:
+    def _stopped_at(self, module: str, met: list[Tensor]) -> Undone:
         """Stop where `module` reads after the group has met its inputs."""
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if met:
                 raise Reached(args[0])
 
-        handle = self._module.get_submodule(module).register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        def change(undo: ExitStack) -> None:
+            reader = self._module.get_submodule(module)
+            hooked(undo, reader)
+            reader.register_forward_pre_hook(hook)
+
+        return Undone(change)
 
 
 def stream_dtype(module: nn.Module, apart: Iterable[str]) -> torch.dtype:

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from merge_callback.batches import Batch, loss_mask, split_batch
 from merge_callback.calibration.blocks import stream_dtype
 from merge_callback.calibration.recording import final_input
+from merge_callback.errors import MergeError
 from merge_callback.live import Weight
 from merge_callback.plan import Plan
 from merge_callback.rounding.grid import Grid, Rounded
@@ -37,6 +38,7 @@ from merge_callback.stand_ins import (
     stand_in,
     standing_in,
 )
+from merge_callback.undo import Undone, hooked
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +81,18 @@ def distil(
         seen: batches to learn from.
         held: batches to judge by.
         deadline: of `time.monotonic`; the rate falls to 0 until then.
+
+    Raises:
+        MergeError: nothing is predicted in these batches.
     """
     weights = {n: w for n, w in plan.to_round().items() if w.key in rounded}
     layers = {n: _Layer(plan.grid(w), w, rounded[w.key]) for n, w in weights.items()}
     pieces = [piece for batch in seen for piece in split_batch(batch, _STEP_TOKENS)]
+    pieces, held = (list(filter(_predicts, batches)) for batches in (pieces, held))
+    if not pieces:
+        raise MergeError("in these data no token is predicted")
     with _Models(plan, weights) as models:
-        lessons, exam = (_Lessons(models, batches) for batches in (pieces, held))
+        lessons, exam = (_Lessons(models, batches) for batches in (pieces, held or pieces))
         models.compute_with({name: layer.product for name, layer in layers.items()})
         before = exam.divergence()
         moves = [layer.move for layer in layers.values()]
@@ -98,6 +106,11 @@ def distil(
         return Distilled(rounded, steps, before, after)
     tuned = {weights[name].key: layer.rounded() for name, layer in layers.items()}
     return Distilled({**rounded, **tuned}, steps, before, after)
+
+
+def _predicts(batch: Batch) -> bool:
+    mask = loss_mask(batch)
+    return mask is None or bool(mask.any())
 
 
 def _descent(
@@ -193,34 +206,30 @@ def _live_product(weight: Weight) -> Callable[[Tensor], Tensor]:
     return compute
 
 
-class _Models:
+class _Models(Undone):
     """The live model computing with its own merged weights, or with others."""
 
     def __init__(self, plan: Plan, weights: Mapping[str, Weight]):
+        super().__init__(self._open)
         self.model = plan.model
         self.head: nn.Module = plan.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._stand_ins = {n: stand_in(plan.model.get_submodule(n)) for n in weights}
-        self._undo = contextlib.ExitStack()
         for name, weight in weights.items():
             self._stand_ins[name].product = _live_product(weight)
 
-    def __enter__(self) -> _Models:
+    def _open(self, undo: contextlib.ExitStack) -> None:
         embedding = self.model.get_input_embeddings()
         kept_out = (
             *self._stand_ins,
             *(n for n, m in self.model.named_modules() if m in (embedding, self.head)),
         )
-        self._undo.enter_context(standing_in(self.model, self._stand_ins))
-        self._undo.enter_context(standing_in(self.model, _checkpointed(self.model)))
-        self._undo.enter_context(torch.enable_grad())
+        undo.enter_context(standing_in(self.model, self._stand_ins))
+        undo.enter_context(standing_in(self.model, _checkpointed(self.model)))
+        undo.enter_context(torch.enable_grad())
         if stream_dtype(self.model, kept_out) == torch.float32:
-            self._undo.enter_context(in_float32(self.model))
-            widen = embedding.register_forward_hook(lambda module, args, output: output.float())
-            self._undo.callback(widen.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._undo.close()
+            undo.enter_context(in_float32(self.model))
+            hooked(undo, embedding)
+            embedding.register_forward_hook(lambda module, args, output: output.float())
 
     def compute_with(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         for name, compute in products.items():

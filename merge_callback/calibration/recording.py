@@ -6,8 +6,8 @@ arguments. Knows nothing of weights or rounding.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from merge_callback.batches import Batch, model_inputs
 from merge_callback.calibration.blocks import INPUT, Block, Call
 from merge_callback.errors import MergeError
 from merge_callback.stand_ins import Reached, standing_in
+from merge_callback.undo import hooked
 
 
 class _Recorders:
@@ -100,17 +101,16 @@ def record(
     """
     order: dict[str, Block] = {}
     recorders = _Recorders(order)
-    with contextlib.ExitStack() as hooks:
+    with ExitStack() as undo:
         for block in blocks:
             module = model.get_submodule(block.name)
-            before = module.register_forward_pre_hook(recorders.before(block), with_kwargs=True)
-            after = module.register_forward_hook(recorders.after(block))
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
+            hooked(undo, module)
+            module.register_forward_pre_hook(recorders.before(block), with_kwargs=True)
+            module.register_forward_hook(recorders.after(block))
         for index, batch in enumerate(batches):
             recorders.next_batch()
             if index == 1 and _calls_are_shared(list(order.values())):
-                hooks.enter_context(standing_in(model, dict.fromkeys(order, _pass_on)))
+                undo.enter_context(standing_in(model, dict.fromkeys(order, _pass_on)))
             final_input(model, batch)
     for block in order.values():
         if len(block.calls) != len(batches) or len(block.starts) not in (0, len(batches)):
@@ -158,11 +158,11 @@ def final_input(model: PreTrainedModel, batch: Batch) -> Tensor:
     def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise Reached(args[0])
 
-    handle = head.register_forward_pre_hook(stop)
-    try:
-        model(**inputs)
-    except Reached as reached:
-        return reached.value
-    finally:
-        handle.remove()
+    with ExitStack() as undo:
+        hooked(undo, head)
+        head.register_forward_pre_hook(stop)
+        try:
+            model(**inputs)
+        except Reached as reached:
+            return reached.value
     raise MergeError("the model has an output layer that its forward does not use")

@@ -78,7 +78,7 @@ class Bnb4Weight:
     def decode(self, device: torch.device) -> Tensor:
         import bitsandbytes.functional as bnb
 
-        packed, state = _on(device, self.packed.detach(), self.state)
+        packed, state = _on(device, self.packed, self.state)
         if device.type == "cpu" and self.shape[-1] % state.blocksize:
             flat = self.grid.decode(packed, _scales(state), prod(self.shape), state.dtype)
             return flat.view(self.shape)
@@ -86,7 +86,7 @@ class Bnb4Weight:
         return weight
 
     def rows(self, device: torch.device) -> Callable[[slice], Tensor]:
-        packed, state = _on(device, self.packed.detach(), self.state)
+        packed, state = _on(device, self.packed, self.state)
         flat, scales = packed.view(torch.uint8).reshape(-1, 1), _scales(state)
         row, size = prod(self.shape[1:]), self.state.blocksize
 
@@ -283,9 +283,10 @@ def _scales(state: QuantState) -> Tensor:
 
 
 def _on(device: torch.device, packed: Tensor, state: QuantState) -> tuple[Tensor, QuantState]:
-    """A weight on another device; `state.to` would move the live one."""
+    """A weight on another device; `to` of a `Params4bit`, or of its state, moves the live one."""
     import bitsandbytes.functional as bnb
 
+    packed = packed.detach()  # a plain tensor
     if packed.device == device:
         return packed, state
     return packed.to(device), bnb.QuantState.from_dict(state.as_dict(packed=True), device=device)

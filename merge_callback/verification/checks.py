@@ -1,31 +1,45 @@
-"""The story of a verification: load the draft, look at its weights, let it speak, judge."""
+"""The story of a verification: load the draft, look at all that is in it, let it speak, judge."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, input_device
 from merge_callback.engines import class_of
-from merge_callback.errors import CorruptVersion, MergeError, VerificationError
+from merge_callback.errors import CorruptVersion, VerificationError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.processes import PeerError
 from merge_callback.retention import Retention
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
-from merge_callback.verification.outputs import Comparison, Silent, Speaker, compare_outputs
+from merge_callback.verification.adapter_files import adapter_file_problems
+from merge_callback.verification.arithmetic import Findings, adapter_findings, base_findings
+from merge_callback.verification.limits import misses
+from merge_callback.verification.outputs import (
+    Comparison,
+    Silent,
+    Speaker,
+    Unusable,
+    compare_outputs,
+)
 from merge_callback.verification.rebuilt import computing_on, rebuild
+from merge_callback.verification.settings import (
+    config_problems,
+    generation_problems,
+    processor_problems,
+)
 from merge_callback.verification.tensors import (
     Deviation,
-    adapter_problems,
+    buffer_problems,
     deviations,
     tie_problems,
     worst,
@@ -33,12 +47,9 @@ from merge_callback.verification.tensors import (
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 Kept: TypeAlias = Mapping[str, Mapping[str, Retention]]  # method -> weight -> retention
-_PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
 _WORST = 5
-_LITTLE = 0.5  # of the gain; 16 bits lose a few percent at the worst
+_PASSED, _FAILED = "passed", "failed"
 
 
 @dataclass
@@ -48,32 +59,86 @@ class Verification:
     Attributes:
         data: what the outputs were compared on, in words; None: they were not.
         problems: what is wrong, in words.
+        checks: what was checked -> `"passed"`, `"failed"`, or why it did not run.
         comparisons: method -> how near its model comes to the live one.
         deviations: method -> weight -> how far the file is from what was to be written.
     """
 
     data: str | None = None
     problems: list[str] = field(default_factory=list)
+    checks: dict[str, str] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     deviations: dict[str, dict[str, Deviation]] = field(default_factory=dict)
+
+    def check(self, what: str, problems: Callable[[], Iterable[str]]) -> None:
+        """Run a check. One that breaks down has found something, unless memory is short."""
+        try:
+            found = list(problems())
+        except PeerError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self.leave_out(what, f"memory is short: {error}")
+            return
+        except Exception as error:
+            logger.debug("%s", what, exc_info=error)
+            found = [f"{what} could not be checked: {type(error).__name__}: {error}"]
+        self.problems += found
+        self.checks[what] = _FAILED if found else _PASSED
+
+    def check_of(self, method: str, what: str, problems: Callable[[], Iterable[str]]) -> None:
+        """The same for what one save method has written."""
+        self.check(f"{method}: {what}", lambda: [f"{method}: {told}" for told in problems()])
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Note that a check does not run."""
+        self.checks[what] = f"not run: {why}"
+        logger.warning("verification: %s not checked (%s)", what, why)
+
+    def ask(self, what: str, findings: Callable[[], Findings]) -> None:
+        """Run a check that some layers cannot take part in."""
+        found = Findings()
+
+        def problems() -> Iterable[str]:
+            nonlocal found
+            found = findings()
+            return found.problems
+
+        self.check(what, problems)
+        if found.left_out and self.checks[what] == _PASSED:
+            others = f" and {len(found.left_out) - 1} others" if len(found.left_out) > 1 else ""
+            self.checks[what] += f"; not run for {found.left_out[0]}{others}: unsupported layers"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a draft has, and what stands beside its weights.
+
+    Attributes:
+        places: method -> directory.
+        processing_class: tokenizer or processor that was saved there.
+        restored: values of the text config that the trainer had changed.
+    """
+
+    places: Mapping[str, Path]
+    processing_class: Any = None
+    restored: Mapping[str, Any] = field(default_factory=dict)
 
 
 def verify_models(
     plan: Plan,
     options: MergeOptions,
-    places: Mapping[str, Path],
+    written: Written,
     kept: Kept,
     *,
-    processing_class: Any = None,
     batches: Sequence[Batch] = (),
     data: str | None = None,
 ) -> Verification:
-    """Compare the models in `places`, as they lie on the disk, with the live model.
+    """Compare what was written, as it lies on the disk, with the live model.
 
     Beyond the live model and the logits of two models for 1024 tokens, or one sequence, this holds
-    for the largest weight what a merge of it does; on a device other than the CPU also the rebuilt
-    model where it fits, else one layer of it. The live model and each other one run once over each
-    batch.
+    four float32 copies of each weight that is looked at (`plan.threads` at a time); on a device
+    other than the CPU also the rebuilt model where it fits, else one layer of it. The live model
+    and each other one run once over each batch.
 
     Args:
         kept: method -> weight -> retention, to name the worst by.
@@ -85,48 +150,86 @@ def verify_models(
     """
     done = Verification()
     with generators_kept(), evaluating(plan.model), torch.no_grad():
-        if not plan.sharded:  # PEFT would have to be asked in all processes
-            done.problems += _try(
-                "the adapter's arithmetic", lambda: list(adapter_problems(plan)), []
-            )
+        _check_arithmetic(done, plan)
+        _check_settings(done, plan, written)
         models: dict[str, PreTrainedModel] = {}
-        for method, place in places.items():
-            done.problems += _processor_problems(place, processing_class)
-            if method == "lora":
-                continue
-            try:
-                model = rebuild(place, class_of(plan.model))
-            except CorruptVersion as error:
-                done.problems.append(str(error))
-                continue
-            found: dict[str, Deviation] = {}
-            found = _try(f"{method}: its weights", partial(deviations, plan, method, model), found)
-            if found:
-                done.deviations[method] = found
-            if broken := worst(found, _WORST):
-                done.problems.append(f"{method}: not what was merged: {', '.join(broken)}")
-            done.problems += (f"{method}: {problem}" for problem in tie_problems(plan, model))
-            models[method] = model
+        for method, place in written.places.items():
+            if method != "lora" and (model := _check_model(done, plan, method, place)) is not None:
+                models[method] = model
         why = "there was nothing to compare outputs on"
         if batches and models and not done.problems:
             why = _compare(plan, done, models, batches, data)
+        if not done.comparisons and not done.problems:
+            done.checks.setdefault("outputs", f"not run: {why}")
     for method, comparison in done.comparisons.items():
-        done.problems += _misses(method, comparison, options, kept.get(method, {}))
+        found = list(misses(method, comparison, options, kept.get(method, {})))
+        done.problems += found
+        done.checks[f"{method}: outputs"] = _FAILED if found else _PASSED
     limits = options.min_gain_kept is not None or options.max_kl is not None
     if limits and not done.problems and len(done.comparisons) < len(models):
         done.problems.append(f"{why}, so min_gain_kept and max_kl cannot be met")
     return _judged(done, options)
 
 
-def verify_arithmetic(plan: Plan, options: MergeOptions) -> Verification:
-    """What can be verified beside a training: whether what was merged is what PEFT computes.
+def verify_beside_training(plan: Plan, options: MergeOptions, written: Written) -> Verification:
+    """What can be verified while a training goes on: all but the models that loaders make.
 
     Raises:
         VerificationError: as `verify_models`.
     """
     done = Verification()
-    done.problems += _try("the adapter's arithmetic", lambda: list(adapter_problems(plan)), [])
+    _check_arithmetic(done, plan)
+    _check_settings(done, plan, written)
+    for what in ("weights as they are loaded", "outputs"):
+        done.checks[what] = "not run: training went on"
     return _judged(done, options)
+
+
+def _check_arithmetic(done: Verification, plan: Plan) -> None:
+    if plan.sharded:  # PEFT would have to be asked in all processes
+        done.checks["adapter"] = done.checks["base"] = "not run: the model is sharded"
+        return
+    done.ask("adapter", lambda: adapter_findings(plan))
+    done.ask("base", lambda: base_findings(plan))
+
+
+def _check_settings(done: Verification, plan: Plan, written: Written) -> None:
+    for method, place in written.places.items():
+        given = written.processing_class
+        done.check_of(method, "tokenizer", partial(processor_problems, place, given))
+        if method == "lora":
+            if plan.sharded:
+                done.checks["lora: adapter files"] = "not run: the model is sharded"
+            else:
+                files = partial(adapter_file_problems, plan.peft_model, plan.adapters, place)
+                done.check_of(method, "adapter files", files)
+            continue
+        settings = partial(config_problems, plan, method, place, written.restored)
+        done.check_of(method, "config", settings)
+        done.check_of(method, "generation config", partial(generation_problems, plan, place))
+
+
+def _check_model(
+    done: Verification, plan: Plan, method: str, place: Path
+) -> PreTrainedModel | None:
+    """Load a model, and look at its weights and buffers."""
+    try:
+        model = rebuild(place, class_of(plan.model))
+    except CorruptVersion as error:
+        done.problems.append(str(error))
+        done.checks[f"{method}: weights"] = _FAILED
+        return None
+
+    def weights() -> Iterable[str]:
+        found = deviations(plan, method, model)
+        done.deviations[method] = found
+        if broken := worst(found, _WORST):
+            yield f"not what was merged: {', '.join(broken)}"
+
+    done.check_of(method, "weights", weights)
+    done.check_of(method, "ties", partial(tie_problems, plan, model))
+    done.check_of(method, "buffers", partial(buffer_problems, plan, model))
+    return model
 
 
 def _judged(done: Verification, options: MergeOptions) -> Verification:
@@ -159,7 +262,7 @@ def _compare(
     batches: Sequence[Batch],
     data: str | None,
 ) -> str:
-    """Let all models speak; why not, if they did not. Of memory mostly: no fault of the files."""
+    """Let all models speak; why not, if they did not."""
     device = input_device(plan.model)
     live = Speaker(plan.model, device)
     base = Speaker(plan.model, device, partial(without_adapters, plan.peft_model))
@@ -175,84 +278,21 @@ def _compare(
         done.data = data if silent.figures else None
         for method, error in silent.errors.items():
             if isinstance(error, torch.OutOfMemoryError):
-                return _not_compared(error)
+                return _not_compared(done, f"memory is short: {error}")
             done.problems.append(f"{method}: it does not run: {error}")
-    except Exception as error:
-        return _not_compared(error)
-    return ""
-
-
-def _not_compared(error: Exception) -> str:
-    known = isinstance(error, MergeError)
-    logger.warning(
-        "outputs could not be compared (%s); weights were", error, exc_info=None if known else error
-    )
-    return f"outputs could not be compared ({error})"
-
-
-def _try(what: str, check: Callable[[], _T], otherwise: _T) -> _T:
-    """What a check finds; that it cannot be made is no finding."""
-    try:
-        return check()
+            done.checks[f"{method}: outputs"] = _FAILED
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return _not_compared(done, f"memory is short: {error}")
+    except Unusable as error:
+        return _not_compared(done, str(error))
     except PeerError:
         raise
     except Exception as error:
-        logger.warning("%s could not be checked (%s)", what, error, exc_info=error)
-        return otherwise
+        done.problems.append(f"outputs could not be compared: {type(error).__name__}: {error}")
+        done.checks["outputs"] = _FAILED
+    return ""
 
 
-def _misses(
-    method: str, found: Comparison, options: MergeOptions, kept: Mapping[str, Retention]
-) -> Iterator[str]:
-    """Figures that are worse than what was asked for, with the cure."""
-    told = []
-    least, most = options.min_gain_kept, options.max_kl
-    if not found.finite:
-        yield f"{method}: its outputs, or the live model's, are not finite"
-        return
-    little = found.gain_kept is not None and found.gain_kept < _LITTLE
-    # On the original base it is another model by itself, which may have gained less.
-    if method == "merged_16bit" and options.base == "live" and little and least is None:
-        yield (
-            f"{method}: keeps {found.gain_kept:.1%} of what training gained; use dtype='float32', "
-            "and if that keeps no more, report it"
-        )
-    if least is not None and found.gain_kept is None:
-        yield (
-            f"{method}: min_gain_kept cannot be met: on {found.rows} predictions training gained "
-            "less than its own standard error, or there was one sequence alone; give more "
-            "verification_data, or limit max_kl instead"
-        )
-    elif least is not None and found.gain_kept is not None and found.gain_kept < least:
-        told.append(f"keeps {found.gain_kept:.1%} of the gain, min_gain_kept is {least:.1%}")
-    if most is not None and found.kl is None:
-        yield f"{method}: max_kl cannot be met: its outputs are no scores of classes"
-    elif most is not None and found.kl is not None and not found.kl <= most:
-        told.append(f"KL {found.kl:.4f} nats, max_kl is {most:g}")
-    if not told:
-        return
-    values = {key: part.value for key, part in kept.items()}
-    by_value = sorted((value, key) for key, value in values.items() if value is not None)
-    names = ", ".join(f"{key} ({value:.2f})" for value, key in by_value[:_WORST])
-    cure = "use rounding='tuned', more calibration_tokens, or save_method='merged_16bit'"
-    if method == "merged_16bit":
-        cure = "use dtype='float32'"
-    yield f"{method}: {'; '.join(told)}; least retention: {names}; {cure}"
-
-
-def _processor_problems(place: Path, processing_class: Any) -> Iterator[str]:
-    """Whether the tokenizer that lies in a directory is the one that was given."""
-    given = getattr(processing_class, "tokenizer", processing_class)
-    if not hasattr(given, "get_vocab"):
-        return
-    try:
-        loaded = type(processing_class).from_pretrained(place, local_files_only=True)
-        found = getattr(loaded, "tokenizer", loaded)
-        texts = (_PROBE_TEXT, given.decode([0, 1, 2]))
-        same = found.get_vocab() == given.get_vocab()
-        same = same and all(found.encode(text) == given.encode(text) for text in texts)
-    except Exception as error:  # of code that is not ours, which may ask to be trusted
-        logger.warning("%s: its tokenizer could not be loaded to compare it (%s)", place, error)
-        return
-    if not same:
-        yield f"{place.name}: the tokenizer saved there is not the one of the training"
+def _not_compared(done: Verification, why: str) -> str:
+    done.leave_out("outputs", why)
+    return f"outputs could not be compared ({why})"

@@ -41,6 +41,10 @@ class Comparison:
         agreement: how often both have the same class in front.
         error: |live - model| / |live| of all outputs that are finite in both.
         finite: no output is NaN, of neither, and none infinite where the live model's is finite.
+        gain_error: the standard error of gain_kept, over sequences, for what the model differs in
+            from the live one.
+        kl_base: KL(live || base), the base without its adapter.
+        error_base: |live - base| / |live|.
     """
 
     rows: int
@@ -52,6 +56,9 @@ class Comparison:
     agreement: float | None
     error: float
     finite: bool
+    gain_error: float | None = None
+    kl_base: float | None = None
+    error_base: float | None = None
 
 
 @dataclass
@@ -87,21 +94,21 @@ def compare_outputs(
 
     Raises:
         Silent: by name, models that did not answer; the figures of the others are in it.
-        MergeError: no answer counts, so there are no figures.
+        Unusable: the live model does not run on these data, or no answer counts.
     """
     sums = {name: _Sums() for name in others}
     ground = _Sums()  # the base's
     failed: dict[str, Exception] = {}
     for batch in batches:
         for piece in split_batch(batch, _PIECE):
-            spoken, are_logits = live.outputs(piece)
+            spoken, are_logits = _of_the_live(live, piece)
             targets = targets_of(live.model, piece, spoken)
             # Labels that are no targets are of several classes at once, or values.
             known = targets is not None or (spoken.dim() == 2 and "labels" not in piece)
             classes = are_logits and spoken.shape[-1] > 1 and known
             rows = _Rows(spoken, targets, token_mask(piece), scores_classes=classes)
             if base is not None:
-                ground.add(rows, base.outputs(piece)[0])
+                ground.add(rows, _of_the_live(base, piece)[0])
             for name, other in others.items():
                 try:
                     if name not in failed:
@@ -116,8 +123,21 @@ def compare_outputs(
     if failed:
         raise Silent(failed, figures)
     if not any(found.rows for found in figures.values()):
-        raise MergeError("there is nothing to compare: in these data no token is predicted")
+        raise Unusable("there is nothing to compare: in these data no token is predicted")
     return figures
+
+
+class Unusable(MergeError):
+    """Data that tell nothing of a model."""
+
+
+def _of_the_live(live: Speaker, piece: Batch) -> tuple[Tensor, bool]:
+    try:
+        return live.outputs(piece)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # too long for it, or columns that are not its inputs
+        raise Unusable(f"the live model does not run on these data: {error}") from error
 
 
 class Silent(Exception):
@@ -226,13 +246,15 @@ class _Sums:
     def against(self, base: _Sums | None) -> Comparison:
         """The figures, with `base` for the model that nothing was added to."""
         rows = max(1, self.rows)  # no figures come of none
-        live = loss = ground = gain = None
+        live = loss = ground = gain = gain_error = None
         if self.losses:
             live, loss = (sum(part[i] for part in self.losses) / rows for i in (0, 1))
         if base is not None and base.losses and live is not None and loss is not None:
             ground = sum(part[1] for part in base.losses) / rows
             if abs(ground - live) > base.error_of_the_difference():
                 gain = (ground - loss) / (ground - live)
+                gain_error = self.error_of_the_difference() / abs(ground - live)
+        told = base is not None and base.rows > 0
         return Comparison(
             rows=self.rows,
             loss_base=ground,
@@ -241,9 +263,15 @@ class _Sums:
             gain_kept=gain,
             kl=self.kl / rows if self.classes else None,
             agreement=self.agreed / rows if self.classes else None,
-            error=math.sqrt(self.apart / self.size) if self.size else 0.0,
+            error=self._error(),
             finite=self.finite,
+            gain_error=gain_error,
+            kl_base=base.kl / rows if base is not None and told and base.classes else None,
+            error_base=base._error() if base is not None and told else None,
         )
+
+    def _error(self) -> float:
+        return math.sqrt(self.apart / self.size) if self.size else 0.0
 
     def error_of_the_difference(self) -> float:
         """The standard error of the difference of both mean losses, over sequences."""

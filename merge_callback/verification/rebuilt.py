@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from merge_callback.errors import CorruptVersion
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.stand_ins import standing_in
+from merge_callback.undo import Undone, put
 
 _SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
 
@@ -87,15 +88,9 @@ def layer_by_layer(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _in_this_process() -> Iterator[None]:
+def _in_this_process() -> Undone:
     """Load whole models although the trainer's DeepSpeed config asks for ZeRO-3."""
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+    return Undone(lambda undo: put(undo, vars(deepspeed), "_hf_deepspeed_config_weak_ref", None))
 
 
 def _visit(layer: nn.Module, device: torch.device) -> Callable[..., Any]:
@@ -145,12 +140,10 @@ def _named_class(path: Path) -> Any:
     return found
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+def _no_progress_bar() -> Undone:
+    def change(undo: contextlib.ExitStack) -> None:
+        if transformers_logging.is_progress_bar_enabled():
+            undo.callback(transformers_logging.enable_progress_bar)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    return Undone(change)

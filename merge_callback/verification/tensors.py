@@ -1,40 +1,37 @@
-"""The weights of a rebuilt model, and the adapter's arithmetic, against the live model's.
+"""The weights of a rebuilt model against the live model's: is each what was to be written?
 
-`deviations` looks at what a loader makes of the files: is each weight what was to be written?
-`adapter_problems` looks at what was to be written: is it what PEFT itself computes?
+Nothing is encoded here, so that what wrote a file does not judge it. A 16-bit value must be the
+nearest to the exact sum. A 4-bit code that was chosen without data must be next to the exact sum on
+the table of its format, under a scale that fits its block; a code that was chosen with data must be
+the one that was chosen.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from merge_callback.adapters.affine import picture
-from merge_callback.adapters.detached import detached, is_linear, width
 from merge_callback.codecs import Container, runs
-from merge_callback.codecs.bnb4 import Bnb4
+from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.plain import Plain
 from merge_callback.cores import in_order
 from merge_callback.live import Weight, read_weights
-from merge_callback.merging import Merging
 from merge_callback.plan import Plan
 
-logger = logging.getLogger(__name__)
-
 _FEW = 0.005  # share of values that may round the other way, as a sum on another device does
-_BROKEN_4BIT = 0.5  # relative error; rounding to 4 bits without data gives 0.1
-_NO_WORSE = 2e-3  # of the squared error that 4 bits have: near the middle of two, both are as good
-_SAME_MATHS = 1e-3  # relative to what the adapter adds
-_FLOAT32 = 1e-5  # of the outputs: what float32 cannot tell apart
-_PROBES = 8
+_FAR = 0.5  # relative error; rounding to 4 bits without data gives 0.1
+_FAR_BY_CHOICE = 0.7  # with data more: what one layer loses another makes good
+_BOUNDARY = 2e-3  # of a scale: other devices add in other orders
+_SCALE = 0.15  # relative; double quantisation moves a scale by a few percent
+_OUTGROWN = 1.1
+_UNBIASED = 6.0  # standard errors that a sum of random roundings may be off
+_CLIPPED = 0.03  # of what was trained: values at the end of the table cannot move outwards
 
 
 @dataclass(frozen=True)
@@ -50,28 +47,35 @@ class Deviation:
     broken: bool
 
 
+_UNREADABLE = Deviation(math.nan, True)
+
+
 def deviations(plan: Plan, method: str, rebuilt: PreTrainedModel) -> dict[str, Deviation]:
     """Compare every weight of a rebuilt model with the live one, its adapters added.
 
-    On as many cores as `weights` computes with: sums are the same to their last places then.
+    On as many cores as the merge computes with: sums are the same to their last places then.
     """
     found = read_weights(rebuilt)
     containers = plan.containers[method]
 
     @torch.no_grad()
     def deviation(key: str) -> Deviation:
-        return _deviation(plan.whole(plan.weights[key]), containers[key], found.get(key))
+        weight = plan.whole(plan.weights[key])
+        return _deviation(weight, containers[key], found.get(key))
 
     return dict(in_order(plan.threads, deviation, plan.weights))
 
 
 def tie_problems(plan: Plan, rebuilt: PreTrainedModel) -> Iterator[str]:
-    """Weights that are one in the live model, and two in the rebuilt one."""
+    """Weights that are one in the live model and two in the rebuilt one, or the reverse."""
     ties = getattr(plan.model, "all_tied_weights_keys", None) or {}
     for name in plan.tied_names:
         one, other = (rebuilt.get_parameter(end) for end in (name, ties[name]))
         if one.data_ptr() != other.data_ptr():
             yield f"{name} is tied to {ties[name]} in the live model, and not in the file"
+    for name, source in (getattr(rebuilt, "all_tied_weights_keys", None) or {}).items():
+        if name in plan.weights and source in plan.weights:
+            yield f"{name} is tied to {source} when the file is loaded, and not in the live model"
 
 
 def _deviation(weight: Weight, container: Container, found: Weight | None) -> Deviation:
@@ -84,151 +88,230 @@ def _deviation(weight: Weight, container: Container, found: Weight | None) -> De
 def _deviation_on(
     device: torch.device, weight: Weight, container: Container, found: Weight | None
 ) -> Deviation:
-    """Encode the weight again, and compare a loader's values with what that gives."""
-    there = None if found is None else found.decoded(device)
-    if there is not None and found is not None and _is_transposed(container, found):
+    if found is None or isinstance(found.stored, Bnb4Weight) != isinstance(container, Bnb4):
+        return _UNREADABLE
+    there = found.decoded(device)
+    if _is_transposed(container, found):
         there = there.t()
-    if there is None or there.shape != weight.stored.shape:
-        return Deviation(math.nan, True)
-    values = there.reshape(-1)
-    apart = ours = size = 0.0
-    unequal, beyond, done = 0, False, 0
-    for wanted, chosen in _wanted(weight, container, device):
-        value = values[done : done + len(wanted)]
-        done += len(wanted)
-        apart += float((wanted.float() - value.float()).pow(2).sum())
-        size += float(wanted.float().pow(2).sum())
-        chosen = chosen.to(value.dtype)
-        ours += float((wanted.float() - chosen.float()).pow(2).sum())
-        differing, far = _differences(value, chosen)
-        unequal += differing
-        beyond = beyond or far
-    count = len(values)
-    if isinstance(container, Bnb4) and container.rounded is None:
-        # Another device adds in another order, and codes or scales next to a boundary go over it.
-        beyond = not apart <= (1 + _NO_WORSE) * ours
-    broken = beyond or unequal > _FEW * count + 1
-    far = not math.sqrt(apart) <= _rounding(container, there.dtype, math.sqrt(size), count)
-    return Deviation(math.sqrt(apart / size if size else apart), broken or far)
-
-
-def _wanted(
-    weight: Weight, container: Container, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat runs of the exact values, and of what a loader should make of them."""
-    if weight.updates:
-        for _, merged, written in Merging(weight, {"": container}, device):
-            yield merged.reshape(-1), written[""].reshape(-1)
-        return
-    exact = weight.decoded(device)
-    encoded = container.copy(weight.key, weight.source, device)
-    for (wanted,), chosen in zip(
-        runs(exact), container.values(weight.key, encoded, exact.numel()), strict=True
-    ):
-        yield wanted, chosen
-
-
-def _rounding(container: Container, dtype: torch.dtype, size: float, count: int) -> float:
-    """The norm that the error of rounding `count` values of norm `size` stays below.
-
-    Asked apart from the container's own answer, which would not tell a transpose of it.
-    """
+    if there.shape != weight.stored.shape:
+        return _UNREADABLE
     if isinstance(container, Bnb4):
-        return math.inf if container.rounded is not None else _BROKEN_4BIT * size
-    if not dtype.is_floating_point:
-        return 0.0
-    coarse = max((dtype, container.dtype), key=lambda kind: torch.finfo(kind).eps)
-    limits = torch.finfo(coarse)
-    return limits.eps * size + math.sqrt(count) * limits.tiny * limits.eps
+        assert isinstance(found.stored, Bnb4Weight)
+        return _of_4_bits(device, weight, container, found.stored, there)
+    return _of_floats(device, weight, container.dtype, there)
+
+
+def _parts(weight: Weight, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat runs of the base and of the exact values, as the writer computes them."""
+    if weight.updates:
+        for base, merged in weight.in_parts(device):
+            yield base.reshape(-1), merged.reshape(-1)
+    else:
+        for (exact,) in runs(weight.decoded(device)):
+            yield exact, exact
+
+
+def _of_floats(
+    device: torch.device, weight: Weight, dtype: torch.dtype, there: Tensor
+) -> Deviation:
+    """Each value must be the nearest to the exact sum; a few may be its neighbours."""
+    values = there.reshape(-1)
+    apart = size = 0.0
+    unequal, beyond, done = 0, False, 0
+    for _, exact in _parts(weight, device):
+        value = values[done : done + len(exact)]
+        done += len(exact)
+        if not _is_computed(exact.dtype):
+            beyond = beyond or exact.dtype != value.dtype or not _same_bytes(exact, value)
+            continue
+        wanted = exact.to(dtype).to(value.dtype)
+        differing, far = _differences(value, wanted)
+        unequal, beyond = unequal + differing, beyond or far
+        both = exact.isfinite() & value.isfinite()
+        apart += float((exact.double() - value.double())[both].pow(2).sum())
+        size += float(exact.double()[both].pow(2).sum())
+    broken = beyond or unequal > _FEW * len(values) + 1
+    return Deviation(math.sqrt(apart / size if size else apart), broken)
+
+
+def _is_computed(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype can be compared; of the others the bytes are."""
+    return dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().view(torch.uint8) for t in (one, other)))
 
 
 def _differences(one: Tensor, other: Tensor) -> tuple[int, bool]:
     """How many values differ, and whether one does by more than rounding the other way."""
-    unequal = int((one != other).sum())
+    unequal = int(((one != other) & ~(one.isnan() & other.isnan())).sum())
     if not unequal:
         return 0, False
-    if not one.dtype.is_floating_point:
-        return unequal, True
     limits = torch.finfo(one.dtype)
     if one.dtype.itemsize > 2:  # sums of floats differ in their last places, and that is no matter
-        largest = float(other.abs().max())
+        largest = float(other[other.isfinite()].abs().max())
         near = torch.allclose(one, other, rtol=16 * limits.eps, atol=16 * limits.eps * largest)
         return 0, not near
     near = torch.allclose(one, other, rtol=2 * limits.eps, atol=2 * limits.tiny * limits.eps)
     return unequal, not near
 
 
+class _Table(NamedTuple):
+    """A format's values at scale 1 and the gaps to their neighbours; (16,) float32, by code."""
+
+    value: Tensor
+    below: Tensor
+    above: Tensor
+
+    @classmethod
+    def of(cls, quant_type: str, device: torch.device) -> _Table:
+        import bitsandbytes.functional as bnb
+
+        value: Tensor = bnb.get_4bit_type(quant_type, device=device).float()
+        apart = value[:, None] - value[None, :]  # (code, other)
+        below = torch.where(apart > 0, apart, math.inf).amin(1)
+        above = torch.where(apart < 0, -apart, math.inf).amin(1)
+        return cls(value, below, above)
+
+
+def _of_4_bits(
+    device: torch.device, weight: Weight, container: Bnb4, found: Bnb4Weight, there: Tensor
+) -> Deviation:
+    if not _is_of_format(container, found):
+        return _UNREADABLE
+    values = there.reshape(-1)
+    if not weight.updates and isinstance(weight.source, Bnb4Weight):
+        exact = weight.decoded(device).reshape(-1)
+        return Deviation(0.0, not torch.equal(exact, values)) if len(exact) else _UNREADABLE
+    codes = _unpacked(found.packed.to(device), len(values))
+    scales = found.scales(device)
+    sums = _Sums()
+    if container.rounded is not None:
+        chosen = _unpacked(container.rounded.packed.to(device), len(values))
+        sums.broken = not torch.equal(codes, chosen)
+        sums.broken = sums.broken or not _near(scales, container.rounded.scales.to(device))
+    kept = None if container.base is None else container.base.scales(device)
+    table = _Table.of(container.grid.quant_type, device)
+    done, size = 0, container.grid.blocksize
+    for base, exact in _parts(weight, device):
+        run, blocks = (slice(done // n, -(-(done + len(exact)) // n)) for n in (1, size))
+        done += len(exact)
+        if container.rounded is None:
+            wanted = _wanted_scales(exact, size, None if kept is None else kept[blocks])
+            # bitsandbytes rounds under a scale that is not quantised yet.
+            own = wanted if kept is None else scales[blocks]
+            sums.broken = sums.broken or not _fits(scales[blocks], wanted)
+            own = own.repeat_interleave(size)[: len(exact)]
+            sums.add_codes(table, codes[run], base, exact, own, at_random=kept is not None)
+        sums.add(exact.float(), values[run].float())
+    return sums.deviation(chosen=container.rounded is not None)
+
+
+def _is_of_format(container: Bnb4, found: Bnb4Weight) -> bool:
+    one, other = container.grid, found.grid
+    formats = [(g.quant_type, g.blocksize, g.nested) for g in (one, other)]
+    return formats[0] == formats[1] and container.dtype == found.dtype
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    """Codes of a stock container, (n,) uint8: two to a byte, the first in the high half."""
+    flat = packed.detach().view(torch.uint8).reshape(-1)
+    return torch.stack([flat >> 4, flat & 15], 1).reshape(-1)[:count]
+
+
+def _near(stored: Tensor, chosen: Tensor) -> bool:
+    """Whether scales are those that were chosen, but for double quantisation."""
+    spread = float((chosen - chosen.mean()).abs().max())
+    return bool(((stored - chosen).abs() <= _SCALE * spread + 1e-6 * chosen.abs()).all())
+
+
+def _wanted_scales(exact: Tensor, size: int, kept: Tensor | None) -> Tensor:
+    """Each block's largest magnitude; its base's scale where it has not outgrown that."""
+    magnitudes = torch.nn.functional.pad(exact.float().abs(), (0, -len(exact) % size))
+    largest = magnitudes.view(-1, size).amax(1)
+    return largest if kept is None else torch.where(largest > _OUTGROWN * kept.abs(), largest, kept)
+
+
+def _fits(scales: Tensor, wanted: Tensor) -> bool:
+    slack = _SCALE * torch.maximum(wanted.abs(), wanted.abs().mean())
+    return bool(((scales - wanted).abs() <= slack).all())
+
+
+@dataclass
+class _Lean:
+    """A sum of random roundings, in one direction, and what it may be.
+
+    Bernstein's inequality: a sum of independent errors of mean 0, of variance V and of at most M
+    each, is beyond 6 sqrt(V) + 12 M once in thirty million times.
+    """
+
+    total: float = 0.0
+    variance: float = 0.0
+    largest: float = 0.0
+    slack: float = 0.0
+
+    def add(self, error: Tensor, gap: Tensor, direction: Tensor) -> None:
+        """Args: error: code minus value; gap: between the value's neighbours; both scaled."""
+        size = error.abs()
+        self.total += float(torch.dot(error, direction))
+        self.variance += float(torch.dot(size * (gap - size).clamp_(min=0), direction * direction))
+        self.largest = max(self.largest, float((gap * direction).abs().max()))
+
+    @property
+    def is_off(self) -> bool:
+        most = _UNBIASED * math.sqrt(self.variance) + _UNBIASED**2 / 3 * self.largest + self.slack
+        return not abs(self.total) <= most
+
+
+class _Sums:
+    """Sums over the values of one weight."""
+
+    def __init__(self) -> None:
+        self.apart = 0.0  # |file - exact|^2
+        self.size = 0.0  # |exact|^2
+        self.broken = False
+        self._leans = (_Lean(), _Lean())  # of all values; along what was trained
+
+    def add(self, exact: Tensor, value: Tensor) -> None:
+        off = value - exact
+        self.apart += float(torch.dot(off, off))
+        self.size += float(torch.dot(exact, exact))
+
+    def add_codes(
+        self,
+        table: _Table,
+        codes: Tensor,
+        base: Tensor,
+        exact: Tensor,
+        scales: Tensor,
+        *,
+        at_random: bool,
+    ) -> None:
+        """Look at each code: is it next to the exact value? Are those rounded at random fair?"""
+        index = codes.int()
+        ratio = torch.where(scales == 0, 0, exact.float() / scales)
+        error = table.value.index_select(0, index) - ratio
+        below, above = (t.index_select(0, index) for t in (table.below, table.above))
+        gap = torch.where(error > 0, below, above)
+        share = 1.0 if at_random else 0.5
+        self.broken = self.broken or not bool((error.abs() <= share * gap + _BOUNDARY).all())
+        if at_random:
+            gap = torch.where(gap.isinf(), 0, gap) * scales.abs()
+            change = exact.float() - base.float()
+            for lean, direction in zip(self._leans, (torch.ones_like(change), change), strict=True):
+                lean.add(error * scales, gap, direction)
+                lean.slack += _CLIPPED * float(torch.dot(change.abs(), direction.abs()))
+
+    def deviation(self, *, chosen: bool) -> Deviation:
+        far = not self.apart <= (_FAR_BY_CHOICE if chosen else _FAR) ** 2 * self.size
+        error = math.sqrt(self.apart / self.size if self.size else self.apart)
+        return Deviation(error, self.broken or far or any(lean.is_off for lean in self._leans))
+
+
 def _is_transposed(container: Container, found: Weight) -> bool:
     """Whether the file has a Conv1D's (in, out), where the live model has a linear layer."""
     return isinstance(container, Plain) and container.transposed and not found.linear
-
-
-def adapter_problems(plan: Plan) -> Iterator[str]:
-    """Layers whose merged weight is not what PEFT computes with, by name."""
-    generator = torch.Generator().manual_seed(0)
-    for path, layer in plan.model.named_modules():
-        name = path.removesuffix(".token_adapter")  # below the wrapper of PEFT's trainable tokens
-        weight = plan.weights.get(f"{name}.weight")
-        if not isinstance(layer, BaseTunerLayer) or weight is None:
-            continue
-        if not _asked(layer):
-            continue
-        bias = plan.weights.get(f"{name}.bias")
-        try:
-            error = _maths_error(layer, weight, bias, generator)
-        except Exception as reason:  # that it cannot be asked is no finding
-            logger.warning("%s: its arithmetic could not be checked (%s)", name, reason)
-            continue
-        if not error <= _SAME_MATHS:
-            yield f"{name}: what is merged differs from PEFT's own by {error:.2g} of the adapter"
-
-
-def _asked(layer: Any) -> bool:
-    """Whether a layer can be asked: experts answer only within their model."""
-    base = layer.get_base_layer()
-    return isinstance(base, nn.Embedding) or hasattr(base, "in_channels") or is_linear(base)
-
-
-def _maths_error(
-    layer: Any, weight: Weight, bias: Weight | None, generator: torch.Generator
-) -> float:
-    try:
-        return _maths_error_on(weight.stored.device, layer, weight, bias, generator)
-    except torch.OutOfMemoryError:
-        return _maths_error_on(torch.device("cpu"), layer, weight, bias, generator)
-
-
-def _maths_error_on(
-    device: torch.device,
-    layer: Any,
-    weight: Weight,
-    bias: Weight | None,
-    generator: torch.Generator,
-) -> float:
-    """|ours - PEFT's| / |PEFT's| of what the adapter adds to the outputs of random inputs."""
-    base = weight.decoded(device).float()
-    alone = detached(layer, base).to(device)
-    inner = alone.get_base_layer()
-    inputs = _probes(layer, inner, generator).to(device)
-    plain = inner(inputs)
-    theirs = alone(inputs) - plain
-    inner.weight = nn.Parameter(weight.merged(base), requires_grad=False)
-    if bias is not None and bias.updates:
-        merged = bias.merged(bias.decoded(device))
-        inner.bias = nn.Parameter(merged, requires_grad=False)
-    ours = inner(inputs) - plain
-    size = max(float(theirs.norm()), _FLOAT32 / _SAME_MATHS * float(plain.norm()))
-    return float((ours - theirs).norm()) / size if size else float(ours.norm())
-
-
-def _probes(layer: Any, base: Any, generator: torch.Generator) -> Tensor:
-    if isinstance(base, nn.Embedding):
-        drawn = torch.randint(0, base.num_embeddings, (_PROBES,), generator=generator)
-        trained = getattr(layer, "token_indices", {}).values()  # of some tokens alone
-        return torch.cat([drawn, *map(torch.as_tensor, trained)])
-    if not is_linear(base):
-        return picture(base, generator)
-    return torch.randn(_PROBES, width(base), generator=generator)
 
 
 def worst(deviations: Mapping[str, Deviation], count: int = 5) -> list[str]:
@@ -241,3 +324,35 @@ def worst(deviations: Mapping[str, Deviation], count: int = 5) -> list[str]:
 
 def _rank(error: float) -> float:
     return error if error == error else float("inf")
+
+
+def buffer_problems(plan: Plan, rebuilt: PreTrainedModel) -> Iterator[str]:
+    """Buffers that no file has, as rotary frequencies: computed when a model is made."""
+    there = dict(rebuilt.named_buffers())
+    for name, wanted, owner in _transient(plan.model):
+        value = there.get(name)
+        if value is None or wanted.device.type == "meta":
+            continue
+        # A rope that grows with the input has moved since; what it began with is kept beside it.
+        begun = getattr(owner, f"original_{name.rpartition('.')[2]}", None)
+        alike = [t for t in (wanted, begun) if isinstance(t, Tensor)]
+        if not any(_same_values(value, t) for t in alike):
+            yield f"{name}: the rebuilt model computes another value than the live one has"
+
+
+def _transient(model: Any) -> Iterator[tuple[str, Tensor, Any]]:
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            tensor = module._buffers.get(name)
+            if tensor is not None:
+                yield f"{path}.{name}".replace(".base_layer.", ".").lstrip("."), tensor, module
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    one, other = one.detach().cpu(), other.detach().cpu()
+    if not (one.is_floating_point() and other.is_floating_point()):
+        return bool((one == other).all())
+    unit = max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
+    return torch.allclose(one.double(), other.double(), rtol=2 * unit, atol=0, equal_nan=True)

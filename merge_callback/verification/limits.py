@@ -1,0 +1,86 @@
+"""Which figures are too bad to be published, and the cure. Knows nothing of models.
+
+16 bits change the outputs by little more than the noise of their arithmetic. What is beyond that is
+another model than the one that was trained, whether it is nearer to the base or further from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from merge_callback.options import MergeOptions
+from merge_callback.retention import Retention
+from merge_callback.verification.outputs import Comparison
+
+_SHOWN = 5
+_NOISE_KL = 0.02  # nats a row; two implementations of one 16-bit model differ by up to 0.005
+_NOISE_ERROR = 0.1  # of logits, relative
+_SHARE = 0.05  # of how far the base is away
+_GAIN = 0.25  # that 16 bits may be off, and as many standard errors:
+_ERRORS = 3.0
+_LOST_KL = 1.0  # nats a row beyond twice the base's; no rounding to 4 bits does that
+
+
+def misses(
+    method: str, found: Comparison, options: MergeOptions, kept: Mapping[str, Retention]
+) -> Iterator[str]:
+    """Figures that are worse than they may be, or than was asked for."""
+    if not found.finite:
+        yield f"{method}: its outputs, or the live model's, are not finite"
+        return
+    # On the original base it is another model by itself, which may have gained less.
+    if method == "merged_16bit" and options.base == "live":
+        yield from _of_16_bits(method, found, options)
+    far = None not in (found.kl, found.kl_base)
+    if far and found.kl > 2 * found.kl_base + _LOST_KL:  # type: ignore[operator]
+        yield (
+            f"{method}: KL {found.kl:.3g} nats, and {found.kl_base:.3g} for the base without the "
+            "adapter: it is no model of what was trained; report it"
+        )
+    yield from _of_limits(method, found, options, kept)
+
+
+def _of_16_bits(method: str, found: Comparison, options: MergeOptions) -> Iterator[str]:
+    """Bounds that hold from both sides, and where no gain can be told."""
+    cure = "use dtype='float32', and if that is no nearer, report it"
+    gain = found.gain_kept
+    if gain is not None and options.min_gain_kept is None:
+        slack = _GAIN + _ERRORS * (found.gain_error or 0.0)
+        if abs(gain - 1) > slack:
+            yield f"{method}: keeps {gain:.1%} of what training gained; {cure}"
+    if found.kl is not None and options.max_kl is None:
+        most = _NOISE_KL + _SHARE * (found.kl_base or 0.0)
+        if not found.kl <= most:
+            yield f"{method}: KL {found.kl:.3g} nats, and 16 bits explain {most:.2g}; {cure}"
+    most = _NOISE_ERROR + _SHARE * (found.error_base or 0.0)
+    if not found.error <= most:
+        told = f"outputs are off by {found.error:.2g}, and 16 bits explain {most:.2g}"
+        yield f"{method}: {told}; {cure}"
+
+
+def _of_limits(
+    method: str, found: Comparison, options: MergeOptions, kept: Mapping[str, Retention]
+) -> Iterator[str]:
+    told = []
+    least, most = options.min_gain_kept, options.max_kl
+    if least is not None and found.gain_kept is None:
+        yield (
+            f"{method}: min_gain_kept cannot be met: on {found.rows} predictions training gained "
+            "less than its own standard error, or there was one sequence alone; give more "
+            "verification_data, or limit max_kl instead"
+        )
+    elif least is not None and found.gain_kept is not None and found.gain_kept < least:
+        told.append(f"keeps {found.gain_kept:.1%} of the gain, min_gain_kept is {least:.1%}")
+    if most is not None and found.kl is None:
+        yield f"{method}: max_kl cannot be met: its outputs are no scores of classes"
+    elif most is not None and found.kl is not None and not found.kl <= most:
+        told.append(f"KL {found.kl:.4f} nats, max_kl is {most:g}")
+    if not told:
+        return
+    values = {key: part.value for key, part in kept.items()}
+    by_value = sorted((value, key) for key, value in values.items() if value is not None)
+    names = ", ".join(f"{key} ({value:.2f})" for value, key in by_value[:_SHOWN])
+    cure = "use rounding='tuned', more calibration_tokens, or save_method='merged_16bit'"
+    if method == "merged_16bit":
+        cure = "use dtype='float32'"
+    yield f"{method}: {'; '.join(told)}; least retention: {names}; {cure}"

@@ -1,0 +1,195 @@
+"""What stands beside the weights, against what was meant: configs, tokenizer or processor.
+
+What lies in the directory is loaded by transformers' own classes and compared with the live
+objects, field by field, less what the trainer changed for itself. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from merge_callback.codecs.bnb4 import Bnb4
+from merge_callback.companions import SavedProcessor
+from merge_callback.engines import class_of
+from merge_callback.plan import Plan
+
+_PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
+# Where a config came from, and what it is written with.
+_ORIGINS = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+# Have their own checks.
+_JUDGED_APART = frozenset({"architectures", "dtype", "torch_dtype", "quantization_config"})
+_OF_TOKENIZERS = (
+    "special_tokens_map",
+    "all_special_ids",
+    "chat_template",
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+    "model_input_names",
+)
+_PARTS = ("image_processor", "video_processor", "feature_extractor")
+
+
+def config_problems(
+    plan: Plan, method: str, place: Path, restored: Mapping[str, Any]
+) -> Iterator[str]:
+    """Fields of config.json that are not what was meant.
+
+    Args:
+        restored: values of the text config that the trainer has changed and the file has back.
+    """
+    live = plan.model.config
+    loaded = type(live).from_pretrained(place, local_files_only=True)
+    wanted, found = _fields(live), _fields(loaded)
+    for name, value in restored.items():
+        setattr_in(wanted, live, name, value)
+    if plan.ties_broken:
+        wanted["tie_word_embeddings"] = False
+        setattr_in(wanted, live, "tie_word_embeddings", False)
+    wanted["architectures"] = [class_of(plan.model).__name__]
+    if method == "merged_16bit" or not plan.base_is_4bit:
+        wanted["dtype"] = str(plan.dtype).removeprefix("torch.")
+    quantised = found.pop("quantization_config", None)
+    quantised_live = wanted.pop("quantization_config", None)
+    yield from _differences("config.json", wanted, found)
+    if method == "merged_16bit":
+        if quantised is not None:
+            yield "config.json: it has a quantization_config, and 16 bits have none"
+        return
+    expected = _quantization(plan, method, quantised_live)
+    shown = {name: (quantised or {}).get(name) for name in expected}
+    yield from _differences("config.json: quantization_config", expected, shown)
+
+
+def setattr_in(fields: dict[str, Any], config: Any, name: str, value: Any) -> None:
+    """Set a field of the text config in the nested fields of a config."""
+    text = config.get_text_config()
+    if text is config:
+        fields[name] = value
+        return
+    for part, inner in vars(config).items():
+        if inner is text and isinstance(fields.get(part), dict):
+            fields[part][name] = value
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name not in _ORIGINS}
+
+
+def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the quantization_config of 4-bit output has to say."""
+    if plan.base_is_4bit:
+        settings = dict(live or {})
+        settings["bnb_4bit_quant_storage"] = "uint8"
+        return settings
+    grid = next(c.grid for c in plan.containers[method].values() if isinstance(c, Bnb4))
+    return {
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+        "bnb_4bit_quant_type": grid.quant_type,
+        "bnb_4bit_use_double_quant": grid.nested,
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def generation_problems(plan: Plan, place: Path) -> Iterator[str]:
+    """Fields of generation_config.json that are not the live ones."""
+    live = getattr(plan.model, "generation_config", None)
+    if live is None or not plan.model.can_generate():
+        return
+    loaded = GenerationConfig.from_pretrained(place, local_files_only=True)
+    wanted, found = (
+        {k: v for k, v in json.loads(c.to_json_string(use_diff=False)).items() if k not in _ORIGINS}
+        for c in (live, loaded)
+    )
+    for fields in (wanted, found):
+        fields.pop("_from_model_config", None)
+    yield from _differences("generation_config.json", wanted, found)
+
+
+def processor_problems(place: Path, given: Any) -> Iterator[str]:
+    """Whether the tokenizer or processor that lies in a directory is the one that was given."""
+    if given is None:
+        return
+    if isinstance(given, SavedProcessor):
+        for name in given.differing(place):
+            yield f"{name}: it is not what the tokenizer saved"
+        return
+    if not hasattr(type(given), "from_pretrained"):
+        return
+    loaded = type(given).from_pretrained(place, local_files_only=True)
+    given = copy.deepcopy(given)  # encoding sets truncation and padding of a fast tokenizer
+    pairs = [(getattr(p, "tokenizer", p)) for p in (given, loaded)]
+    if hasattr(pairs[0], "get_vocab"):
+        yield from _tokenizer_problems(*pairs)
+    for part in _PARTS:
+        parts = [getattr(p, part, None) for p in (given, loaded)]
+        if parts[0] is not None and hasattr(parts[0], "to_dict"):
+            wanted, found = (_plain(p.to_dict()) if p is not None else {} for p in parts)
+            yield from _differences(part, wanted, found)
+    if given is not pairs[0]:
+        wanted, found = ({"chat_template": _template(p)} for p in (given, loaded))
+        yield from _differences("processor", wanted, found)
+
+
+def _template(processor: Any) -> Any:
+    """The chat template of a processor; one that has none takes its tokenizer's."""
+    own = getattr(processor, "chat_template", None)
+    return own or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+
+
+def _tokenizer_problems(given: Any, loaded: Any) -> Iterator[str]:
+    texts = (_PROBE_TEXT, given.decode(list(range(min(3, len(given))))))
+    same = loaded.get_vocab() == given.get_vocab()
+    if not same or any(loaded.encode(text) != given.encode(text) for text in texts):
+        yield "the tokenizer saved there is not the one of the training"
+    wanted, found = (
+        {name: _plain(getattr(t, name, None)) for name in _OF_TOKENIZERS}
+        | {"added_tokens": {str(i): str(token) for i, token in t.added_tokens_decoder.items()}}
+        | {"added_token_flags": _flags(t)}
+        for t in (given, loaded)
+    )
+    yield from _differences("tokenizer", wanted, found)
+
+
+def _flags(tokenizer: Any) -> dict[str, Any]:
+    """How added tokens are cut out of a text."""
+    return {
+        str(index): [getattr(t, f, None) for f in ("special", "lstrip", "rstrip", "normalized")]
+        for index, t in tokenizer.added_tokens_decoder.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items() if key not in _ORIGINS}
+    if isinstance(value, list | tuple | set):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value if isinstance(value, int | float | str | bool | None) else str(value)
+
+
+def _differences(where: str, wanted: Any, found: Any, name: str = "") -> Iterator[str]:
+    """Leaves that differ; a field that is missing counts as null."""
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        for key in [*wanted, *(k for k in found if k not in wanted)]:
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _differences(where, wanted.get(key), found.get(key), inner)
+    elif wanted != found and not (wanted != wanted and found != found):  # NaN
+        yield f"{where}: {name} is {_short(found)}, and {_short(wanted)} in the live model"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
