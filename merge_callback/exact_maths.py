@@ -22,7 +22,8 @@ _this_thread = threading.local()
 def exact_maths(devices: Iterable[str]) -> Undone:
     """Neither autocast, on devices of these types, nor TF32 anywhere; new tensors are float32.
 
-    The latter for bitsandbytes, which makes the tables of its formats in the default dtype.
+    The latter for bitsandbytes, which makes the tables of its formats in the default dtype. They
+    are on the CPU unless a device is named, and normal ones, since scales are learned.
     """
     backends: tuple[Any, ...] = (
         torch.backends.cuda.matmul,
@@ -32,6 +33,9 @@ def exact_maths(devices: Iterable[str]) -> Undone:
     )
 
     def change(undo: ExitStack) -> None:
+        undo.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":  # the context slows every call down
+            undo.enter_context(torch.device("cpu"))
         for device in set(devices) - {"meta"}:
             undo.enter_context(torch.autocast(device, enabled=False))
         if (wide := getattr(_this_thread, "wide", None)) is not None:

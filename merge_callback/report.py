@@ -79,6 +79,13 @@ def report_text(manifest: Manifest, tensors: Tensors) -> str:
     if problems:
         lines = "\n".join(f"- {problem}" for problem in problems)
         parts.append(f"**Published in spite of:**\n\n{lines}")
+    checks = (manifest.get("verification") or {}).get("checks") or {}
+    if checks:
+        passed = [what for what, found in checks.items() if found == "passed"]
+        others = "".join(
+            f"; {what}: {found}" for what, found in checks.items() if found != "passed"
+        )
+        parts.append(f"Checks that passed: {', '.join(passed) or 'none'}{others}.")
     for method, by_name in tensors.items():
         parts.append(f"## {method}\n\n{_tensor_table(by_name)}")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in manifest["seconds"].items())

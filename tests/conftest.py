@@ -63,15 +63,15 @@ CELLS = pytest.StashKey()
 
 
 class Support:
-    """Notes a cell of the matrix of docs/support.md: it works if the test that it is for passes."""
+    """Notes cells of a row in a matrix of docs/: they hold if the test that they are for passes."""
 
     def __init__(self, request):
         self._request = request
 
-    def __call__(self, table, row, column):
-        self._request.node.stash[CELLS] = [table, row, column, "yes"]
+    def __call__(self, table, row, *columns):
+        self._request.node.stash[CELLS] = [table, row, columns, ["yes"] * len(columns)]
 
-    def found(self, what):
+    def found(self, *what):
         self._request.node.stash[CELLS][3] = what
 
     refused = found
@@ -92,7 +92,9 @@ def pytest_runtest_makereport(item, call):
     cell = item.stash.get(CELLS, None)
     if cell is not None and call.when == "call":
         found = item.config.stash.setdefault(CELLS, [])
-        found.append((*cell[:3], cell[3] if outcome.get_result().passed else "FAILED"))
+        table, row, columns, cells = cell
+        for column, value in zip(columns, cells, strict=True):
+            found.append((table, row, column, value if outcome.get_result().passed else "FAILED"))
 
 
 def pytest_sessionfinish(session):

@@ -9,7 +9,7 @@ import merge_callback
 from merge_callback import errors
 
 PACKAGE = Path(merge_callback.__file__).parent
-_ENDS = ("problems", "_misses", "unfit", "unusable")
+_ENDS = ("problems", "misses", "unfit", "unusable")
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
 

@@ -34,11 +34,13 @@ FIRST = "model.layers.0.mlp.up_proj"
 FAULTS = []
 
 
-def fault(kind, what, **settings):
+def fault(kind, what, outcome="refused", **settings):
     """Note a fault. The function plants it: it is given a monkeypatch and the live model."""
 
     def note(plant):
-        FAULTS.append(SimpleNamespace(kind=kind, what=what, plant=plant, settings=settings))
+        FAULTS.append(
+            SimpleNamespace(kind=kind, what=what, plant=plant, outcome=outcome, settings=settings)
+        )
         return plant
 
     return note
@@ -545,17 +547,17 @@ def _(patch, model):
 # --- data -----------------------------------------------------------------------------------------
 
 
-@fault("data", "no label counts", **FOUR)
+@fault("data", "no label counts", "said", **FOUR)
 def _(patch, model):
     return [b | {"labels": torch.full_like(b["input_ids"], -100)} for b in batches(2)]
 
 
-@fault("data", "each text is one token", **FOUR)
+@fault("data", "each text is one token", "said", **FOUR)
 def _(patch, model):
     return [{"input_ids": torch.full((4, 1), 7)}]
 
 
-@fault("data", "the model cannot take it", **FOUR)
+@fault("data", "the model cannot take it", "said", **FOUR)
 def _(patch, model):
     return [{"input_ids": torch.full((1, 4), 100000)}]
 
@@ -625,7 +627,9 @@ def test_nothing_is_said_of_what_is_right(tmp_path, models, caplog):
         for settings in (FOUR, NEAREST, SIXTEEN, LORA):
             for data in ({}, {"verification_data": batches(2)}):
                 found = outcome(models(kind), tmp_path / "out", caplog, {**settings, **data})
-                assert found == "published", (kind, settings, caplog.text)
+                # Rounding to nearest loses what was trained, and says so where that shows.
+                told = settings == NEAREST and data and "of what training gained" in caplog.text
+                assert found == ("said" if told else "published"), (kind, settings, caplog.text)
 
 
 @pytest.mark.parametrize("planted", FAULTS, ids=lambda f: f.what)
@@ -650,10 +654,10 @@ def test_a_planted_fault_is_not_published_silently(
                 assert list((tmp_path / column).iterdir()) == []
     if planted.kind == "data":
         found["without data"] = ""
-    support(TABLE, f"{planted.kind}: {planted.what}", "with data")
-    support.found(found["with data"])
-    assert found["with data"] in ("refused", "said")
-    if planted.kind in ("config", "tokenizer", "buffers", "files"):
+    support(TABLE, f"{planted.kind}: {planted.what}", "with data", "without data")
+    support.found(found["with data"], found["without data"])
+    assert found["with data"] == planted.outcome
+    if planted.kind != "data":
         assert found["without data"] == "refused"
 
 

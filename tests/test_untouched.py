@@ -1,11 +1,13 @@
 """What a merge must not touch: data, generators, open files, modes, threads. Exactly as it was."""
 
+import contextlib
 import multiprocessing
 import os
 import random
 import sys
 import threading
 import types
+import warnings
 
 import numpy
 import pytest
@@ -13,6 +15,7 @@ import torch
 from datasets import Dataset
 from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
 from peft import LoraConfig, get_peft_model
+from test_calibration import batches
 from test_callback import losses, trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,6 +23,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
 )
@@ -160,7 +165,7 @@ def test_losses_are_those_of_a_training_without_the_callback(tmp_path, workers):
 def test_an_iterator_of_the_users_is_not_read_before_a_merge_needs_it(tmp_path):
     read = []
 
-    def batches():
+    def one_by_one():
         for index in range(3, 40):
             read.append(index)
             yield {"input_ids": torch.full((1, 8), index)}
@@ -170,7 +175,7 @@ def test_an_iterator_of_the_users_is_not_read_before_a_merge_needs_it(tmp_path):
             assert read == []
             super().on_step_end(*args, **settings)
 
-    callback = Watch(verification_data=batches(), verify_tokens=32, rounding="nearest")
+    callback = Watch(verification_data=one_by_one(), verify_tokens=32, rounding="nearest")
     trainer(tmp_path, callback).train()
     assert read == [3, 4, 5, 6, 7]  # one more shows that there are enough
     assert callback.results[0].manifest["verification"]["data"] == "held-out data"
@@ -181,11 +186,11 @@ def test_what_goes_wrong_in_the_fork_is_told():
         yield {"input_ids": torch.ones(1, 2), "text": "kept", "odd": lambda: None}
         raise KeyError("column")
 
-    batches = forked(broken)
-    first = next(batches)
+    found = forked(broken)
+    first = next(found)
     assert first.keys() == {"input_ids", "text"} and first["text"] == "kept"
     with pytest.raises(MergeError, match="KeyError: 'column'"):
-        next(batches)
+        next(found)
 
     def dying():
         os._exit(1)
@@ -375,3 +380,101 @@ def test_a_merge_leaves_a_tokenizer_and_layers_that_never_ran_as_they_were(tmp_p
     assert words.backend_tokenizer.to_str() == backend
     assert {k: v for k, v in vars(layer).items() if k.startswith("compute")} == before
     assert isinstance(model.get_base_model(), nn.Module)
+
+
+# --- what the process has set ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AROUND = {
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "grad": torch.enable_grad,
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
+    "float64 by default": lambda: default_dtype(torch.float64),
+    "the meta device by default": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "tensors saved elsewhere": torch.autograd.graph.save_on_cpu,
+    "deterministic algorithms": lambda: deterministic(),
+    "warnings as errors": lambda: warnings.catch_warnings(action="error"),
+}
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model, and what merges of it write where nothing is set."""
+    root = tmp_path_factory.mktemp("plain")
+    model = qlora(root)
+    return model, {r: written(model, root / r, r) for r in ("stochastic", "tuned")}
+
+
+def written(model, out, rounding):
+    with torch.device("cpu"):
+        data = {"verification_data": batches(2)}
+        if rounding == "tuned":
+            data["calibration_data"] = batches(4, seed=1)
+    methods = ["merged_4bit", "merged_16bit"]
+    result = merge_adapter(
+        model, out, save_method=methods, rounding=rounding, processing_class=tokenizer(),
+        progress=False, **data,
+    )  # fmt: skip
+    checks = result.manifest["verification"]["checks"]
+    assert set(checks.values()) == {"passed"}, checks
+    return [(result.paths[m] / "model.safetensors").read_bytes() for m in methods]
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "tuned"])
+@pytest.mark.parametrize("around", AROUND)
+def test_what_the_process_has_set_changes_no_byte(tmp_path, plain, around, rounding):
+    model, wanted = plain
+    before = snapshot(model)
+    with AROUND[around]():
+        found = written(model, tmp_path / "out", rounding)
+    assert found == wanted[rounding]
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "calibrated"])
+def test_endless_data_ends(tmp_path, plain, rounding):
+    def endless():
+        while True:
+            yield from batches(1)
+
+    result = merge_adapter(
+        plain[0], tmp_path / "out", rounding=rounding, calibration_data=endless(),
+        verification_data=endless(), calibration_tokens=300, verify_tokens=300, progress=False,
+    )  # fmt: skip
+    assert result.manifest["verification"]["models"]["merged_4bit"]["rows"] == 3 * 4 * 31
+
+
+def test_texts_that_are_too_long_for_the_model_are_said(tmp_path, caplog):
+    """A model with learned positions has no answer for them, so there is nothing to compare."""
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=4, vocab_size=304, n_positions=16)
+    torch.manual_seed(1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = adapt(
+        load_base(tmp_path / "base", "float32"), target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    result = merge_adapter(model, tmp_path / "out", verification_data=batches(1), progress=False)
+    found = result.manifest["verification"]
+    assert found["data"] is None and found["problems"] == []
+    assert found["checks"]["outputs"].startswith("not run: the live model does not run on these")
+    assert "outputs not checked (the live model does not run on these data" in caplog.text

@@ -46,7 +46,8 @@ def adapter_findings(plan: Plan) -> Findings:
     layers = {
         path.removesuffix(".token_adapter"): layer  # below PEFT's wrapper of trainable tokens
         for path, layer in plan.model.named_modules()
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer.base_layer, ParamWrapper)
+        # Of wrappers that are nested in one another the outermost answers for all.
+        if isinstance(layer, BaseTunerLayer) and not path.endswith(".base_layer")
     }
     found = Findings()
     work = [item for item in layers.items() if _in_plan(plan, *item)]

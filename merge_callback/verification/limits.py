@@ -30,17 +30,17 @@ def misses(
         return
     # On the original base it is another model by itself, which may have gained less.
     if method == "merged_16bit" and options.base == "live":
-        yield from _of_16_bits(method, found, options)
+        yield from _noise_misses(method, found, options)
     far = None not in (found.kl, found.kl_base)
     if far and found.kl > 2 * found.kl_base + _LOST_KL:  # type: ignore[operator]
         yield (
             f"{method}: KL {found.kl:.3g} nats, and {found.kl_base:.3g} for the base without the "
             "adapter: it is no model of what was trained; report it"
         )
-    yield from _of_limits(method, found, options, kept)
+    yield from _limit_misses(method, found, options, kept)
 
 
-def _of_16_bits(method: str, found: Comparison, options: MergeOptions) -> Iterator[str]:
+def _noise_misses(method: str, found: Comparison, options: MergeOptions) -> Iterator[str]:
     """Bounds that hold from both sides, and where no gain can be told."""
     cure = "use dtype='float32', and if that is no nearer, report it"
     gain = found.gain_kept
@@ -58,7 +58,7 @@ def _of_16_bits(method: str, found: Comparison, options: MergeOptions) -> Iterat
         yield f"{method}: {told}; {cure}"
 
 
-def _of_limits(
+def _limit_misses(
     method: str, found: Comparison, options: MergeOptions, kept: Mapping[str, Retention]
 ) -> Iterator[str]:
     told = []

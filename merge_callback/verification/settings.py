@@ -58,14 +58,14 @@ def config_problems(
         wanted["dtype"] = str(plan.dtype).removeprefix("torch.")
     quantised = found.pop("quantization_config", None)
     quantised_live = wanted.pop("quantization_config", None)
-    yield from _differences("config.json", wanted, found)
+    yield from _field_problems("config.json", wanted, found)
     if method == "merged_16bit":
         if quantised is not None:
             yield "config.json: it has a quantization_config, and 16 bits have none"
         return
     expected = _quantization(plan, method, quantised_live)
     shown = {name: (quantised or {}).get(name) for name in expected}
-    yield from _differences("config.json: quantization_config", expected, shown)
+    yield from _field_problems("config.json: quantization_config", expected, shown)
 
 
 def setattr_in(fields: dict[str, Any], config: Any, name: str, value: Any) -> None:
@@ -113,7 +113,7 @@ def generation_problems(plan: Plan, place: Path) -> Iterator[str]:
     )
     for fields in (wanted, found):
         fields.pop("_from_model_config", None)
-    yield from _differences("generation_config.json", wanted, found)
+    yield from _field_problems("generation_config.json", wanted, found)
 
 
 def processor_problems(place: Path, given: Any) -> Iterator[str]:
@@ -135,10 +135,10 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
         parts = [getattr(p, part, None) for p in (given, loaded)]
         if parts[0] is not None and hasattr(parts[0], "to_dict"):
             wanted, found = (_plain(p.to_dict()) if p is not None else {} for p in parts)
-            yield from _differences(part, wanted, found)
+            yield from _field_problems(part, wanted, found)
     if given is not pairs[0]:
         wanted, found = ({"chat_template": _template(p)} for p in (given, loaded))
-        yield from _differences("processor", wanted, found)
+        yield from _field_problems("processor", wanted, found)
 
 
 def _template(processor: Any) -> Any:
@@ -158,7 +158,7 @@ def _tokenizer_problems(given: Any, loaded: Any) -> Iterator[str]:
         | {"added_token_flags": _flags(t)}
         for t in (given, loaded)
     )
-    yield from _differences("tokenizer", wanted, found)
+    yield from _field_problems("tokenizer", wanted, found)
 
 
 def _flags(tokenizer: Any) -> dict[str, Any]:
@@ -180,12 +180,12 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | None) else str(value)
 
 
-def _differences(where: str, wanted: Any, found: Any, name: str = "") -> Iterator[str]:
+def _field_problems(where: str, wanted: Any, found: Any, name: str = "") -> Iterator[str]:
     """Leaves that differ; a field that is missing counts as null."""
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):
         for key in [*wanted, *(k for k in found if k not in wanted)]:
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(where, wanted.get(key), found.get(key), inner)
+            yield from _field_problems(where, wanted.get(key), found.get(key), inner)
     elif wanted != found and not (wanted != wanted and found != found):  # NaN
         yield f"{where}: {name} is {_short(found)}, and {_short(wanted)} in the live model"
 
