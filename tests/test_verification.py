@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -45,8 +47,9 @@ from merge_callback.live import Weight
 from merge_callback.merging import Merging
 from merge_callback.options import MergeOptions
 from merge_callback.processes import PeerError
+from merge_callback.stand_ins import without_adapters
 from merge_callback.store import Draft
-from merge_callback.verification import arithmetic, checks, outputs, rebuilt, tensors
+from merge_callback.verification import arithmetic, checks, limits, outputs, rebuilt, tensors
 from merge_callback.verification.outputs import Speaker, compare_outputs
 from merge_callback.verification.rebuilt import layer_by_layer, rebuild
 
@@ -917,3 +920,83 @@ def test_that_a_peer_failed_is_not_taken_for_a_damaged_weight(tmp_path, monkeypa
     monkeypatch.setattr(checks, "deviations", failing)
     with pytest.raises(PeerError):
         checks.broken_weights(plan, {"merged_4bit": result.path})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_change_of_experts_is_found(tmp_path, monkeypatch):
+    """They answer only within their model, so PEFT's own sum of their factors is asked."""
+    path = tmp_path / "base"
+    torch.manual_seed(1)
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = MixtralConfig(
+        **settings, num_attention_heads=4, num_key_value_heads=2, vocab_size=304,
+        num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapt(base, target_modules=["q_proj"], target_parameters=fused)
+    whole = lora.Experts.add_to
+
+    def without_the_last(self, merged, base, rows=lora.ALL):
+        kept = merged[-1].clone()
+        whole(self, merged, base, rows)
+        merged[-1] = kept
+
+    merge_adapter(model, tmp_path / "right", progress=False)
+    monkeypatch.setattr(lora.Experts, "add_to", without_the_last)
+    said = refused(tmp_path, model)
+    assert "model.layers.0.mlp.experts: what is merged differs from PEFT's own by 0.5" in said
+
+
+def figures(**changes):
+    settings = {
+        "rows": 900, "loss_base": 4.4, "loss_live": 3.5, "loss": 3.5, "gain_kept": 1.0, "kl": 1e-4,
+        "agreement": 1.0, "error": 0.01, "finite": True, "gain_error": 0.01, "kl_base": 0.9,
+        "error_base": 0.3,
+    }  # fmt: skip
+    return outputs.Comparison(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"gain_kept": 1.31}, "keeps 131.0% of what training gained"),
+        ({"gain_kept": 0.69}, "keeps 69.0% of what training gained"),
+        ({"gain_kept": 1.27}, None),  # a quarter, and three standard errors of 0.01
+        ({"gain_kept": -0.4, "gain_error": 0.6}, None),  # of two steps at 1e-6: noise
+        ({"gain_kept": None, "kl": 0.07}, "KL 0.07 nats, and 16 bits explain 0.065"),
+        ({"gain_kept": None, "kl": 0.06}, None),
+        ({"kl_base": None, "kl": 0.021}, "16 bits explain 0.02"),
+        ({"kl": None, "error": 0.12}, "outputs are off by 0.12, and 16 bits explain 0.11"),
+        ({"kl": None, "error": 0.11}, None),
+        ({"kl": None, "error_base": None, "error": 0.11}, "16 bits explain 0.1"),
+        ({"finite": False}, "are not finite"),
+    ],
+)
+def test_16_bits_are_bounded_from_both_sides(changes, said):
+    found = list(limits.misses("merged_16bit", figures(**changes), MergeOptions(), {}))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    on_original = MergeOptions(base="original")
+    if said is None or "finite" not in said:
+        assert not list(limits.misses("merged_16bit", figures(**changes), on_original, {}))
+        assert not list(limits.misses("merged_4bit", figures(**changes), MergeOptions(), {}))
+
+
+def test_4_bits_further_from_the_live_model_than_any_rounding_are_refused():
+    for kl, refusal in ((2.79, 0), (2.81, 1)):
+        found = list(limits.misses("merged_4bit", figures(kl=kl), MergeOptions(), {}))
+        assert len(found) == refusal
+
+
+def test_the_figures_of_the_base_are_its_own(tmp_path, model):
+    data = batches(3)
+    path = merge_adapter(model, tmp_path / "out", progress=False).path
+    found = compare(model, path, data)
+    live = Speaker(model.get_base_model(), torch.device("cpu"))
+    base = replace(live, within=lambda: without_adapters(model))
+    own = compare_outputs(live, None, {"base": base}, data)["base"]
+    assert (found.kl_base, found.error_base) == (own.kl, own.error)
+    assert found.kl_base > 0 and own.kl_base is None and own.error_base is None
