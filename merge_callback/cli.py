@@ -148,7 +148,7 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    from merge_callback.store import version_at
+    from merge_callback.versions import version_at
 
     version = version_at(given.version)
     manifest, files = version.manifest, version.records()
@@ -164,7 +164,8 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    from merge_callback.store import MergeStore, version_at
+    from merge_callback.store import MergeStore
+    from merge_callback.versions import version_at
 
     version = version_at(given.version)
     MergeStore(version.path.parent).verify(version)

@@ -20,24 +20,20 @@ import os
 import re
 import shutil
 import socket
-import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
 from merge_callback.files import FileRecord, hash_file, sync, sync_directories
 from merge_callback.locks import is_at, lock, unlock
+from merge_callback.versions import MANIFEST, SCHEMA, Version, check_files, read_version
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "merge_manifest.json"
-SCHEMA = 1
-_LARGEST_MANIFEST = 1 << 28  # bytes; some hundred for each weight
 # What file systems say that do not rename onto an empty directory.
 _NO_RENAME_ONTO = (
     errno.EEXIST,
@@ -49,48 +45,6 @@ _NO_RENAME_ONTO = (
     errno.EXDEV,
 )
 _DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<id>[0-9a-f]{32})\.draft")
-
-
-@dataclass(frozen=True)
-class Version:
-    """A published version."""
-
-    name: str
-    path: Path
-    manifest: Mapping[str, Any]
-
-    def records(self) -> dict[str, FileRecord]:
-        """What each file is known by, by its path below the version."""
-        files = self.manifest["files"]
-        return {name: FileRecord(found["size"], found["sha256"]) for name, found in files.items()}
-
-    def others(self) -> list[str]:
-        """Files below the version that are none of it."""
-        own = {MANIFEST, *self.records()}
-        files = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
-        return [name for p in files if (name := p.relative_to(self.path).as_posix()) not in own]
-
-    def read(self, name: str) -> str:
-        """The text of a file.
-
-        Raises:
-            CorruptVersion: it is missing, or not as it was written.
-        """
-        _check(self.path, {name: self.records()[name]})
-        return self.file(name).read_text("utf-8")
-
-    def file(self, name: str) -> Path:
-        """Where a file lies.
-
-        Raises:
-            CorruptVersion: a link leads out of the version, or it is a pipe or the like.
-        """
-        path = self.path / name
-        if path.exists() and not path.is_file():
-            raise CorruptVersion(f"{path} is no file; do not use it")
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise CorruptVersion(f"{path} leads out of the version; do not use it")
-        return path
 
 
 class Draft:
@@ -120,7 +74,7 @@ class Draft:
         Raises:
             CorruptVersion: naming the file.
         """
-        _check(self.path, self.records)
+        check_files(self.path, self.records)
 
 
 class MergeStore:
@@ -140,7 +94,7 @@ class MergeStore:
         found = [
             version for path in self.root.iterdir() if (version := read_version(path)) is not None
         ]
-        return sorted(found, key=lambda v: (v.manifest["created"], _number(v.name)))
+        return sorted(found, key=lambda version: version.order)
 
     def latest(self) -> Version | None:
         """The newest merged version; adapters that were rescued from a failed merge are skipped."""
@@ -173,7 +127,7 @@ class MergeStore:
         found = self.version(version.name if isinstance(version, Version) else version)
         for name in found.records():
             found.file(name)
-        _check(found.path, found.records())
+        check_files(found.path, found.records())
         if others := ", ".join(found.others()):
             logger.warning("%s has files that are none of this version: %s", found.path, others)
 
@@ -350,91 +304,6 @@ def numbered(name: str) -> Iterator[str]:
 def push_marker(version: Path) -> Path:
     """The sidecar of a version that still has to be pushed; it is none of the version's files."""
     return version.parent / f".{version.name}.push"
-
-
-def version_at(path: str | os.PathLike[str]) -> Version:
-    """The version in a directory, or the one of which it holds what a single method has written.
-
-    Raises:
-        MergeRefused: there is no such directory.
-        CorruptVersion: it is no version.
-    """
-    place = Path(path).resolve()
-    if not place.is_dir():
-        raise MergeRefused([f"{path} is no directory"])
-    found = read_version(place)
-    if found is None and (above := read_version(place.parent)) is not None:
-        parts = {PurePosixPath(name).parts[0] for name in above.records() if "/" in name}
-        found = above if place.name in parts else None
-    if found is None:
-        raise CorruptVersion(f"{path} has no readable {MANIFEST}: it is not a published version")
-    return found
-
-
-def read_version(path: Path) -> Version | None:
-    """The version at `path`; None when there is none, whatever else lies there."""
-    if path.name.startswith(".") or path.is_symlink():
-        return None
-    try:
-        found = (path / MANIFEST).lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_MANIFEST:
-            return None
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["schema"] > SCHEMA:
-            logger.warning("%s was written by a newer merge_callback and is left alone", path)
-            return None
-        if _is_sound(manifest):
-            return Version(path.name, path, manifest)
-    except OSError:  # there is none, or it was pruned just now
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    logger.warning("%s has a damaged %s and is left alone", path, MANIFEST)
-    return None
-
-
-def _is_sound(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has what a version is known by, of the right kinds."""
-    verification = manifest.get("verification") or {}
-    models = verification.get("models") or {}
-    return (
-        all(isinstance(manifest[key], str) for key in ("kind", "created"))
-        and all(isinstance(manifest[key], int | None) for key in ("step", "best_step"))
-        and all(isinstance(method, str) for method in manifest.get("save_methods", ()))
-        and all(isinstance(figures, dict) for figures in models.values())
-        and all(map(_is_record, manifest["files"].items()))
-    )
-
-
-def _is_record(item: tuple[Any, Any]) -> bool:
-    """Whether a manifest's entry names a file below its version, and says what it is known by."""
-    name, record = item
-    below = name == PurePosixPath(name).as_posix() and not name.startswith("/") and "\0" not in name
-    return (
-        below
-        and not {"..", "."} & set(name.split("/"))
-        and isinstance(record["size"], int)
-        and isinstance(record["sha256"], str)
-    )
-
-
-def _check(directory: Path, records: Mapping[str, FileRecord]) -> None:
-    for name, record in records.items():
-        try:
-            found = hash_file(directory / name)
-        except OSError as error:
-            raise CorruptVersion(f"{directory / name} cannot be read: {error}") from error
-        if found != record:
-            raise CorruptVersion(
-                f"{directory / name} is not what was written ({found.size} bytes, sha256 "
-                f"{found.sha256[:12]}…; expected {record.size} bytes, {record.sha256[:12]}…); "
-                "do not use it, and check the disk"
-            )
-
-
-def _number(name: str) -> int:
-    match = re.search(r"-v(\d+)$", name)
-    return int(match[1]) if match else 1
 
 
 def _host() -> str:

@@ -27,7 +27,8 @@ from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushR
 from merge_callback.hub import Hub, Target, explain, name_problems, passes
 from merge_callback.locks import lock, unlock
 from merge_callback.push import Push, push, weight_bytes
-from merge_callback.store import Version, push_marker, version_at
+from merge_callback.store import push_marker
+from merge_callback.versions import Version, version_at
 
 logger = logging.getLogger(__name__)
 

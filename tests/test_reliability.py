@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import merge_callback.store
 from merge_callback import MergeOnSaveCallback, MergeStore
-from merge_callback.store import MANIFEST
+from merge_callback.versions import MANIFEST
 
 pytestmark = pytest.mark.faults
 

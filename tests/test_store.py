@@ -10,7 +10,8 @@ import time
 import pytest
 
 from merge_callback import CorruptVersion, MergeError, MergeRefused, MergeStore
-from merge_callback.store import MANIFEST, push_marker
+from merge_callback.store import push_marker
+from merge_callback.versions import MANIFEST
 
 
 def manifest(step=1, kind="merged", best_step=None, created=None):
