@@ -14,23 +14,25 @@ between the two leaves an empty directory, which is no version. POSIX only.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
 from merge_callback.files import FileRecord, hash_file, sync, sync_directories
-from merge_callback.locks import is_at, lock, unlock
-from merge_callback.versions import MANIFEST, SCHEMA, Version, check_files, read_version
+from merge_callback.locks import is_at, lock
+from merge_callback.versions import LAST, MANIFEST, SCHEMA, Version, check_files, read_version
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,15 @@ _NO_RENAME_ONTO = (
     errno.ENOSYS,
     errno.EXDEV,
 )
-_DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<id>[0-9a-f]{32})\.draft")
+_NO_CHMOD = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# Bytes. File systems take 255, and of a version's name there are ".<name>-v<number>.push" too;
+# of a draft's name the host takes up to 64, and the rest 41.
+_LONGEST_NAME = 240
+_DRAFT_NAME = 100
+_DRAFT = re.compile(r"\..+\.(?P<host>[^.]*)\.[0-9a-f]{32}\.draft", re.DOTALL)
+_PATIENCE = 30.0  # seconds to wait for others to publish; it takes them a fraction of one
+_GLANCE = 0.01  # seconds between two tries
+_TOLD: set[object] = set()  # what is said once in a process
 
 
 class Draft:
@@ -62,7 +72,7 @@ class Draft:
         """Give every file the mode that the umask asks for, hash it and make it durable."""
         mode = self.path.stat().st_mode & 0o666  # mkdir has applied the umask
         for path in self.files():
-            path.chmod(mode)
+            _set_mode(path, mode)
             name = path.relative_to(self.path).as_posix()
             if name not in self.records:
                 self.records[name] = hash_file(path)
@@ -144,10 +154,11 @@ class MergeStore:
         except OSError as error:
             raise MergeRefused([_unusable(self.root, error)]) from error
         if free < nbytes:
+            left = "".join(f"; {told}" for _, told in self._left())
             raise MergeRefused(
                 [
                     f"{self.root} has {free / 1e9:.2f} GB free and {nbytes / 1e9:.2f} GB are "
-                    "needed; free some, set keep_last=, or choose another output_dir"
+                    f"needed; free some, set keep_last=, or choose another output_dir{left}"
                 ]
             )
 
@@ -157,21 +168,20 @@ class MergeStore:
         check_name(name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        path, held = self._claim_draft(name)
-        try:
-            yield Draft(path)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)  # gone already when it was published
-            unlock(held)
+        with ExitStack() as last, ExitStack() as undo:  # an interrupt may skip the exit of one
+            last.callback(undo.close)
+            yield Draft(self._claim_draft(name, undo))
 
     def publish(self, draft: Draft, name: str, manifest: Mapping[str, Any]) -> Version:
         """Make a sealed draft version `name`, or `name-v2`, ...; durable when this returns."""
         files = {file: record._asdict() for file, record in sorted(draft.records.items())}
-        manifest = {"schema": SCHEMA, **manifest, "files": files}
-        text = json.dumps(manifest, indent=2) + "\n"
-        (draft.path / MANIFEST).write_text(text)
-        sync_directories(draft.path, [draft.path / MANIFEST])
-        target = self._rename(draft.path, name)
+        with ExitStack() as last, ExitStack() as undo:
+            last.callback(undo.close)
+            place = {"sequence": self._next(undo), "files": files}
+            text = json.dumps({"schema": SCHEMA, "run": None, **manifest, **place}, indent=2) + "\n"
+            (draft.path / MANIFEST).write_text(text)
+            sync_directories(draft.path, [draft.path / MANIFEST])
+            target = self._rename(draft.path, name, undo)
         try:
             sync(self.root)
         except OSError as error:  # it is there, whole, all the same
@@ -181,11 +191,9 @@ class MergeStore:
     def prune(
         self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
     ) -> list[str]:
-        """Remove the versions that are `prunable`; their names."""
+        """Remove the versions that are `prunable`; the names of those that are gone now."""
         found = self.prunable(keep_last, names=names, keep_steps=keep_steps)
-        for version in found:
-            self._remove(version)
-        return [version.name for version in found]
+        return [version.name for version in found if self._remove(version)]
 
     def prunable(
         self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
@@ -194,92 +202,180 @@ class MergeStore:
 
         Args:
             keep_last: how many to leave, at least 1.
-            names: versions of other names are left.
+            names: versions of other names are left. As a mapping, name -> `Version.identity`: so
+                are those that have another manifest now.
             keep_steps: steps, or best steps, whose versions are left.
         """
+        ours = [v for v in self.versions() if v.name in names]
+        if isinstance(names, Mapping):
+            ours = [v for v in ours if v.identity == names[v.name]]
         found = []
-        for version in [v for v in self.versions() if v.name in names][:-keep_last]:
+        for version in ours[:-keep_last]:
             steps = {version.manifest["step"], version.manifest["best_step"]}
             if not steps & keep_steps and not push_marker(version.path).exists():
                 found.append(version)
         return found
 
-    def _claim_draft(self, name: str) -> tuple[Path, int]:
-        """A draft of our own, and the open lock that says so."""
+    def _claim_draft(self, name: str, undo: ExitStack) -> Path:
+        """A draft of our own, under a lock that says so; `undo` removes it, and lets go."""
         while True:
-            path = self._draft_path(name)
+            path, held, empty = self._draft_path(name), ExitStack(), ExitStack()
+            undo.callback(held.close)
+            empty.enter_context(suppress(OSError))
+            empty.callback(os.rmdir, path)
+            undo.callback(empty.close)  # where there is no descriptor left for rmtree
+            for _ in range(2):  # the first may be interrupted; it is gone when it was published
+                undo.callback(shutil.rmtree, path, ignore_errors=True)
             path.mkdir()
-            try:
-                held = lock(path)
-            except OSError:
-                path.rmdir()
-                raise
-            if held is not None:
-                if is_at(held, path):
-                    return path, held
-                unlock(held)  # another process took it for stale before the lock was ours
+            descriptor = lock(path, held=held)
+            if descriptor is not None and is_at(descriptor, path):
+                return path
+            held.close()  # another process took it for stale before the lock was ours
 
     def _draft_path(self, name: str) -> Path:
-        return self.root / f".{name}.{_host()}.{uuid.uuid4().hex}.draft"
+        start = os.fsencode(name)[:_DRAFT_NAME].decode(errors="ignore")
+        return self.root / f".{start}.{_host()}.{uuid.uuid4().hex}.draft"
+
+    def _drafts(self) -> Iterator[tuple[Path, str]]:
+        """All drafts, and the hosts that they are of."""
+        for path in self.root.iterdir():
+            if (match := _DRAFT.fullmatch(path.name)) is not None:
+                yield path, match["host"]
 
     def _sweep(self) -> None:
-        """Remove drafts whose process died: on this host, the kernel has let go of their locks."""
-        for path in self.root.iterdir():
-            match = _DRAFT.fullmatch(path.name)
-            if match is None or match["host"] != _host():
-                continue
-            try:
-                held = lock(path, where_unsupported=False)
-            except OSError:  # not a directory, or not ours to open
-                continue
-            if held is not None:
-                logger.warning("removing %s, left by a process that died", path)
-                shutil.rmtree(path, ignore_errors=True)
-                unlock(held)
+        """Remove drafts whose process died: on this host, the kernel has let go of their locks.
 
-    def _rename(self, draft: Path, name: str) -> Path:
+        What cannot be told from the draft of a process that lives is said, once in a process.
+        """
+        for path, host in self._drafts():
+            with ExitStack() as last, ExitStack() as undo, suppress(OSError):  # not ours to open
+                last.callback(undo.close)
+                if host == _host() and lock(path, held=undo, where_unsupported=False) is not None:
+                    logger.warning("removing %s, left by a process that died", path)
+                    shutil.rmtree(path, ignore_errors=True)
+        for path, told in self._left():
+            _say_once(path.absolute(), told)
+
+    def _left(self) -> Iterator[tuple[Path, str]]:
+        """Drafts that may be of processes that died, and what is to be said of them."""
+        for path, host in self._drafts():
+            with ExitStack() as last, ExitStack() as undo, suppress(OSError):
+                last.callback(undo.close)
+                if path.is_dir() and not _is_locked(path, undo):
+                    yield path, _told_of_draft(path, host)
+
+    def _next(self, undo: ExitStack) -> int:
+        """The sequence of the next version; nobody else publishes before `undo` lets them.
+
+        Where locks do not work, or are not to be had, two versions may have the same.
+        """
+        patience = time.monotonic() + _PATIENCE
+        while lock(self.root, held=undo) is None and time.monotonic() < patience:
+            time.sleep(_GLANCE)
+        return min(LAST, 1 + max((version.sequence for version in self.versions()), default=0))
+
+    def _rename(self, draft: Path, name: str, undo: ExitStack) -> Path:
+        claim = ExitStack()
+        undo.callback(claim.close)
         for candidate in numbered(name):
             target = self.root / candidate
-            try:
-                target.mkdir()
-            except FileExistsError:
+            if not _claimed(target, claim):
                 continue
             push_marker(target).unlink(missing_ok=True)  # of a version that is gone
             try:
                 draft.rename(target)
             except OSError as error:
                 if target.is_dir() and any(target.iterdir()):  # somebody moved in: let them have it
+                    claim.pop_all()
                     continue
                 if error.errno not in _NO_RENAME_ONTO:
-                    target.rmdir()
                     raise
-                _move(draft, target)
+                _move(draft, target, claim)
+            claim.pop_all()
             return target
         raise AssertionError("unreachable")
 
-    def _remove(self, version: Version) -> None:
-        """One rename takes the version away whole; the rest is a stale draft's business."""
+    def _remove(self, version: Version) -> bool:
+        """One rename takes the version away whole; the rest is a stale draft's business.
+
+        Not one that is being pushed, or has to be by now; nor another one of its name.
+        """
         gone = self._draft_path(version.name)
-        held = lock(version.path)
-        version.path.rename(gone)
-        shutil.rmtree(gone)
-        if held is not None:
-            unlock(held)
+        with ExitStack() as last, ExitStack() as undo:
+            last.callback(undo.close)
+            held = lock(version.path, held=undo)
+            if held is None or push_marker(version.path).exists():
+                return False
+            found = read_version(version.path)
+            if found is None or found.identity != version.identity or not is_at(held, found.path):
+                return False
+            version.path.rename(gone)
+            if push_marker(version.path).exists():  # whoever marks it does not ask for the lock
+                gone.rename(version.path)
+                return False
+            shutil.rmtree(gone)
+        return True
 
 
-def _move(draft: Path, target: Path) -> None:
+def _claimed(target: Path, claim: ExitStack) -> bool:
+    """Whether a new, empty directory is ours now; `claim` takes it away while it is empty."""
+    if os.path.lexists(target):
+        return False
+    claim.enter_context(suppress(OSError))
+    claim.callback(os.rmdir, target)
+    try:
+        target.mkdir()
+    except FileExistsError:
+        claim.pop_all()
+        return False
+    return True
+
+
+def _move(draft: Path, target: Path, claim: ExitStack) -> None:
     """Move the files of a draft into a directory of ours; last the manifest: now it is whole."""
     moved = [path for path in sorted(draft.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    claim.callback(shutil.rmtree, target, ignore_errors=True)
+    for path in [*moved, draft / MANIFEST]:
+        place = target / path.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == MANIFEST:
+            sync_directories(target, [target / other.relative_to(draft) for other in moved])
+        path.rename(place)
+
+
+def _say_once(what: object, told: str) -> None:
+    if what not in _TOLD:
+        _TOLD.add(what)
+        logger.warning("%s", told)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Where the file system lets us: on some mounts all files have one mode."""
     try:
-        for path in [*moved, draft / MANIFEST]:
-            place = target / path.relative_to(draft)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path.name == MANIFEST:
-                sync_directories(target, [target / other.relative_to(draft) for other in moved])
-            path.rename(place)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_CHMOD:
+            raise
+        _say_once("chmod", f"{path.parent} refuses chmod ({error}); files have the modes it gives")
+
+
+def _is_locked(path: Path, undo: ExitStack) -> bool:
+    """Whether a process that lives has a lock on a draft, as far as can be seen from here."""
+    try:
+        return lock(path, held=undo) is None
+    except PermissionError:
+        return False
+
+
+def _told_of_draft(path: Path, host: str) -> str:
+    files = [path, *path.rglob("*")]
+    stats = [found.lstat() for found in files]
+    size = sum(found.st_size for found in stats)
+    hours = (time.time() - max(found.st_mtime for found in stats)) / 3600
+    return (
+        f"{path} ({size / 1e9:.2f} GB, last written {hours:.1f} hours ago) is a draft of host "
+        f"{host}; if no process there is merging, remove it"
+    )
 
 
 def check_name(name: str) -> None:
@@ -288,7 +384,8 @@ def check_name(name: str) -> None:
     Raises:
         MergeRefused: it cannot.
     """
-    if not re.fullmatch(r"[\w][\w.=+-]{0,150}", name):
+    named = re.fullmatch(r"[\w][\w.=+-]{0,150}", name)
+    if not named or len(os.fsencode(name)) > _LONGEST_NAME:
         raise MergeRefused(
             [f"name={name!r} cannot name a version; use letters, digits, '-', '_' and '.'"]
         )
@@ -307,7 +404,8 @@ def push_marker(version: Path) -> Path:
 
 
 def _host() -> str:
-    return re.sub(r"[^\w-]", "-", socket.gethostname())
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    return host if len(os.fsencode(host)) <= 64 else hashlib.sha256(os.fsencode(host)).hexdigest()
 
 
 def _unusable(root: Path, error: OSError) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import operator
 import os
 import re
 import stat
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "merge_manifest.json"
 SCHEMA = 1
+LAST = 2**53  # the largest `sequence`: what readers of JSON keep exactly
 _LARGEST_MANIFEST = 1 << 28  # bytes; some hundred for each weight
 
 
@@ -31,9 +34,26 @@ class Version:
     manifest: Mapping[str, Any]
 
     @property
-    def order(self) -> tuple[Any, ...]:
-        """What versions are sorted by, the oldest first."""
-        return self.manifest["created"], _number(self.name)
+    def run(self) -> str | None:
+        """Id of the callback that published it; None: another way, or before 0.2."""
+        run: str | None = self.manifest.get("run")
+        return run
+
+    @property
+    def sequence(self) -> int:
+        """Its place among the versions of its root; 0: of 0.1, before all that have one."""
+        sequence: int = self.manifest.get("sequence", 0)
+        return sequence
+
+    @property
+    def order(self) -> tuple[int, str, int]:
+        """What versions are sorted by, the oldest first. No clock: one may go back."""
+        return self.sequence, self.manifest["created"], _number(self.name)
+
+    @property
+    def identity(self) -> str:
+        """sha256 of its manifest: names are used again."""
+        return identity(self.manifest)
 
     def records(self) -> dict[str, FileRecord]:
         """What each file is known by, by its path below the version."""
@@ -67,6 +87,11 @@ class Version:
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise CorruptVersion(f"{path} leads out of the version; do not use it")
         return path
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def version_at(path: str | os.PathLike[str]) -> Version:
@@ -117,6 +142,8 @@ def _is_sound(manifest: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(manifest[key], str) for key in ("kind", "created"))
         and all(isinstance(manifest[key], int | None) for key in ("step", "best_step"))
+        and isinstance(manifest.get("run"), str | None)
+        and 0 <= operator.index(manifest.get("sequence", 0)) <= LAST
         and all(isinstance(method, str) for method in manifest.get("save_methods", ()))
         and all(isinstance(figures, dict) for figures in models.values())
         and all(map(_is_record, manifest["files"].items()))
