@@ -13,10 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
 from merge_callback.terminal import print_json, print_markdown, print_table
+
+if TYPE_CHECKING:
+    from merge_callback.versions import Version
 
 OK, FAILED, DIFFERS, INTERRUPTED = 0, 1, 3, 130  # 2 is argparse's
 _DATA = "rows of text, messages, prompt and completion, or input_ids, 2048 tokens of each at most"
@@ -131,6 +134,7 @@ def _list(given: argparse.Namespace) -> int:
                 "version": version.name,
                 "kind": manifest["kind"],
                 "created": manifest["created"],
+                "run": version.run,
                 "step": manifest["step"],
                 "methods": ",".join(manifest.get("save_methods", ())),
                 "rounding": manifest.get("rounding"),
@@ -228,16 +232,21 @@ def _push(given: argparse.Namespace) -> int:
 
 def _prune(given: argparse.Namespace) -> int:
     store = _store(given.root)
-    merged = [v for v in store.versions() if v.manifest["kind"] == "merged"]
-    best = frozenset(v.manifest["best_step"] for v in merged) - {None}
-    names = {v.name for v in merged}
-    if given.yes:
-        found = store.prune(given.keep, names=names, keep_steps=best)
-    else:
-        found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
-    rows = [{"version": name, "removed": given.yes} for name in found]
+    runs: dict[str | None, list[Version]] = {}
+    for version in store.versions():
+        if version.manifest["kind"] == "merged":
+            runs.setdefault(version.run, []).append(version)
+    rows = []
+    for run, versions in runs.items():
+        best = frozenset(v.manifest["best_step"] for v in versions) - {None}
+        names = {v.name: v.identity for v in versions}
+        if given.yes:
+            found = store.prune(given.keep, names=names, keep_steps=best)
+        else:
+            found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
+        rows += [{"version": name, "run": run, "removed": given.yes} for name in found]
     print_json(rows) if given.json else print_table(rows)
-    if found and not given.yes:
+    if rows and not given.yes:
         print("nothing was removed; --yes removes them", file=sys.stderr)
     return OK
 
@@ -336,7 +345,8 @@ def _parser() -> argparse.ArgumentParser:
         "prune", _prune, "remove old versions, never a best step's; without --yes, list them"
     )
     prune.add_argument("root", help="directory of versions")
-    prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help="the newest N")
+    newest = "the newest N of each run"
+    prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help=newest)
     prune.add_argument("--yes", action="store_true", help="remove them")
 
     command("doctor", _doctor, "tell what matters to a merge on this machine")
