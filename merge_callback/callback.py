@@ -100,8 +100,8 @@ class MergeOnSaveCallback(TrainerCallback):
         min_gain_kept: share of the gain in loss that must be left. None: any.
         max_kl: largest KL(live || merged), in nats per token. None: any.
         card: write a model card, see `MergeOptions`.
-        keep_last: how many of the versions of this run to keep; None: all. The best step's always
-            stays, and so do those of other runs.
+        keep_last: how many of the versions that this callback publishes in a directory to keep;
+            None: all. The best step's always stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
         on_interrupt: what to do when SIGTERM ends a training under `enable_jit_checkpoint`, and the
             trainer has saved a checkpoint: `"skip"`; `"lora"`, save the adapter; or `"merge"`, if

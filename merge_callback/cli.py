@@ -134,7 +134,6 @@ def _list(given: argparse.Namespace) -> int:
                 "version": version.name,
                 "kind": manifest["kind"],
                 "created": manifest["created"],
-                "run": version.run,
                 "step": manifest["step"],
                 "methods": ",".join(manifest.get("save_methods", ())),
                 "rounding": manifest.get("rounding"),
@@ -142,6 +141,7 @@ def _list(given: argparse.Namespace) -> int:
                 "kl": found.get("kl"),
                 "bytes": sum(record.size for record in version.records().values()),
                 "push": "pending" if push_marker(version.path).exists() else None,
+                "run": version.run,
             }
         )
     if given.json:
@@ -244,7 +244,7 @@ def _prune(given: argparse.Namespace) -> int:
             found = store.prune(given.keep, names=names, keep_steps=best)
         else:
             found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
-        rows += [{"version": name, "run": run, "removed": given.yes} for name in found]
+        rows += [{"version": name, "removed": given.yes, "run": run} for name in found]
     print_json(rows) if given.json else print_table(rows)
     if rows and not given.yes:
         print("nothing was removed; --yes removes them", file=sys.stderr)

@@ -468,7 +468,7 @@ def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):
 def test_a_terminal_shows_what_there_is_and_a_pipe_every_column(exports, capsys, monkeypatch):
     assert main(["list", str(exports)]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert lines[0][-3:] == ["kl", "bytes", "push"] and {len(line) for line in lines} == {11}
+    assert lines[0][-4:] == ["kl", "bytes", "push", "run"] and {len(line) for line in lines} == {11}
     assert len(lines[1][2]) == len("2026-11-26T15:06")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "dumb")
