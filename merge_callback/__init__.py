@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from merge_callback.export import merge_adapter
     from merge_callback.options import MergeOptions
     from merge_callback.push import Push
-    from merge_callback.store import MergeStore, Version
+    from merge_callback.store import MergeStore
     from merge_callback.uploads import push_version
     from merge_callback.verification.outputs import Comparison
+    from merge_callback.versions import Version
 
 __version__ = "0.1.0"
 
@@ -66,9 +67,9 @@ _MODULES = {
     "MergeOptions": "options",
     "Push": "push",
     "MergeStore": "store",
-    "Version": "store",
     "push_version": "uploads",
     "Comparison": "verification.outputs",
+    "Version": "versions",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from merge_callback.push import Push
 from merge_callback.report import metrics
 from merge_callback.rescue import rescue
 from merge_callback.store import MergeStore
+from merge_callback.versions import identity
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -98,8 +100,8 @@ class MergeOnSaveCallback(TrainerCallback):
         min_gain_kept: share of the gain in loss that must be left. None: any.
         max_kl: largest KL(live || merged), in nats per token. None: any.
         card: write a model card, see `MergeOptions`.
-        keep_last: how many of the versions of this run to keep; None: all. The best step's always
-            stays, and so do those of other runs.
+        keep_last: how many of the versions that this callback publishes in a directory to keep;
+            None: all. The best step's always stays, and so do those of other runs.
         on_error: `"raise"`, or `"warn"`: log the failure, keep it in `failures`, and train on.
         on_interrupt: what to do when SIGTERM ends a training under `enable_jit_checkpoint`, and the
             trainer has saved a checkpoint: `"skip"`; `"lora"`, save the adapter; or `"merge"`, if
@@ -214,6 +216,8 @@ class MergeOnSaveCallback(TrainerCallback):
         self._barrier_timeout = barrier_timeout
         self._processes = ALONE
         self._merged: tuple[int, int | None] | None = None  # step and best step of the last export
+        self._run = uuid.uuid4().hex[:12]
+        self._own: list[tuple[Path, str, str]] = []  # root, name and identity of what may be pruned
 
     @property
     def stalls(self) -> dict[int, float]:
@@ -258,7 +262,9 @@ class MergeOnSaveCallback(TrainerCallback):
         self._began = time.time() - 2  # some file systems know seconds alone
         if self._behind is not None:  # of a training that was cut off; what failed was said
             left = self._processes.from_leader(self._behind.outcomes(wait=True))
-            self.results += [outcome.result for outcome in left if outcome.result is not None]
+            for outcome in left:
+                if outcome.result is not None:
+                    self._keep(outcome.result)
             self._behind = behind.Behind(self._behind.backlog)
         saves = self._saves_to_come(args, state)
         store = self._store(args)
@@ -430,7 +436,7 @@ class MergeOnSaveCallback(TrainerCallback):
             options,
             name=moment.name,
             processing_class=moment.processing_class,
-            training=Training(state.global_step, moment.best_step, self._settings),
+            training=Training(state.global_step, moment.best_step, self._settings, self._run),
             data=self._data_for(moment, plan),
             last=moment.last,
             processes=self._processes,
@@ -444,12 +450,19 @@ class MergeOnSaveCallback(TrainerCallback):
 
     def _published(self, moment: Moment, step: int, result: MergeResult) -> None:
         """Keep, prune and log."""
-        self.results.append(result)
+        self._keep(result)
         self._prune(self._store(moment.args), moment.state)
         try:
             self._log(moment, step, metrics(result.manifest))
         except Exception as error:  # of a logger that lost its connection
             logger.warning("the figures of %s could not be logged: %s", result.version, error)
+
+    def _keep(self, result: MergeResult) -> None:
+        """Note what was published, and where: names are used again, in this root and in others."""
+        self.results.append(result)
+        first = result.path.resolve()
+        root = first.parent if len(result.paths) == 1 else first.parent.parent
+        self._own.append((root, result.version, identity(result.manifest)))
 
     def _merge_behind(self, moment: Moment) -> None:
         """Merge a copy of what was trained, while training goes on."""
@@ -460,7 +473,7 @@ class MergeOnSaveCallback(TrainerCallback):
             self._chosen_now(moment)
             return
         store = self._store(moment.args)
-        training = Training(moment.state.global_step, None, self._settings)
+        training = Training(moment.state.global_step, None, self._settings, self._run)
 
         def done(result: MergeResult) -> None:
             if self._publisher is not None:  # now, for the process may end before it is asked
@@ -547,10 +560,12 @@ class MergeOnSaveCallback(TrainerCallback):
         if self._keep_last is None or not self._processes.leads:
             return
         keep = best_steps(state)
-        names = [result.version for result in self.results]
+        root = store.root.resolve()
+        names = {name: found for place, name, found in self._own if place == root}
         try:
             for name in store.prune(self._keep_last, names=names, keep_steps=keep):
                 logger.info("pruned %s", store.root / name)
+                self._own.remove((root, name, names[name]))
         except OSError as error:
             logger.warning("old versions in %s could not be removed: %s", store.root, error)
 
@@ -560,7 +575,7 @@ class MergeOnSaveCallback(TrainerCallback):
             name = f"{moment.name}-adapter"
             store = self._store(moment.args)
             step = moment.state.global_step
-            path = rescue(moment.model, store, name, step, self._processes)
+            path = rescue(moment.model, store, name, step, self._processes, self._run)
         except Exception as error:
             return f"saving the adapter failed too ({error}); it is in the last checkpoint, if any"
         return f"the adapter is safe in {path}"

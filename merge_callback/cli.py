@@ -13,10 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
 from merge_callback.terminal import print_json, print_markdown, print_table
+
+if TYPE_CHECKING:
+    from merge_callback.versions import Version
 
 OK, FAILED, DIFFERS, INTERRUPTED = 0, 1, 3, 130  # 2 is argparse's
 _DATA = "rows of text, messages, prompt and completion, or input_ids, 2048 tokens of each at most"
@@ -138,6 +141,7 @@ def _list(given: argparse.Namespace) -> int:
                 "kl": found.get("kl"),
                 "bytes": sum(record.size for record in version.records().values()),
                 "push": "pending" if push_marker(version.path).exists() else None,
+                "run": version.run,
             }
         )
     if given.json:
@@ -148,7 +152,7 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    from merge_callback.store import version_at
+    from merge_callback.versions import version_at
 
     version = version_at(given.version)
     manifest, files = version.manifest, version.records()
@@ -164,7 +168,8 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    from merge_callback.store import MergeStore, version_at
+    from merge_callback.store import MergeStore
+    from merge_callback.versions import version_at
 
     version = version_at(given.version)
     MergeStore(version.path.parent).verify(version)
@@ -227,16 +232,21 @@ def _push(given: argparse.Namespace) -> int:
 
 def _prune(given: argparse.Namespace) -> int:
     store = _store(given.root)
-    merged = [v for v in store.versions() if v.manifest["kind"] == "merged"]
-    best = frozenset(v.manifest["best_step"] for v in merged) - {None}
-    names = {v.name for v in merged}
-    if given.yes:
-        found = store.prune(given.keep, names=names, keep_steps=best)
-    else:
-        found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
-    rows = [{"version": name, "removed": given.yes} for name in found]
+    runs: dict[str | None, list[Version]] = {}
+    for version in store.versions():
+        if version.manifest["kind"] == "merged":
+            runs.setdefault(version.run, []).append(version)
+    rows = []
+    for run, versions in runs.items():
+        best = frozenset(v.manifest["best_step"] for v in versions) - {None}
+        names = {v.name: v.identity for v in versions}
+        if given.yes:
+            found = store.prune(given.keep, names=names, keep_steps=best)
+        else:
+            found = [v.name for v in store.prunable(given.keep, names=names, keep_steps=best)]
+        rows += [{"version": name, "removed": given.yes, "run": run} for name in found]
     print_json(rows) if given.json else print_table(rows)
-    if found and not given.yes:
+    if rows and not given.yes:
         print("nothing was removed; --yes removes them", file=sys.stderr)
     return OK
 
@@ -335,7 +345,8 @@ def _parser() -> argparse.ArgumentParser:
         "prune", _prune, "remove old versions, never a best step's; without --yes, list them"
     )
     prune.add_argument("root", help="directory of versions")
-    prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help="the newest N")
+    newest = "the newest N of each run"
+    prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help=newest)
     prune.add_argument("--yes", action="store_true", help="remove them")
 
     command("doctor", _doctor, "tell what matters to a merge on this machine")

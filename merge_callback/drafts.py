@@ -23,8 +23,9 @@ from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.report import write_report
 from merge_callback.retention import Retention
-from merge_callback.store import Draft, MergeStore, Version
+from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import Kept, Verification
+from merge_callback.versions import Version
 from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)

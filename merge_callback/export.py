@@ -37,6 +37,7 @@ from merge_callback.verification.checks import (
     broken_weights,
     verify_models,
 )
+from merge_callback.verification.rebuilt import loading_problems
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ def check_merge(
         plan = make_plan(model, options, processes)
         needed = plan.nbytes * saves
         problems += generation_problems(plan)
+        if options.verify is True and plan.containers:
+            problems += loading_problems(plan)
     except MergeRefused as error:
         problems += error.problems
     except Exception as error:

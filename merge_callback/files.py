@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +42,11 @@ def sync(path: Path) -> None:
 
     Some network file systems cannot do so for directories; they keep them in step by themselves.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with ExitStack() as last, ExitStack() as undo:  # an interrupt may skip the exit of one
+            last.callback(undo.close)
+            undo.callback(os.close, descriptor := os.open(path, os.O_RDONLY))
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED or not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)

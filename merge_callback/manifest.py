@@ -27,11 +27,13 @@ class Training:
         step: global step; None outside a trainer.
         best_step: the step that the weights come from, when the best model was loaded at the end.
         settings: config values to restore, which the trainer had changed.
+        run: id of the callback that merges; None outside one.
     """
 
     step: int | None = None
     best_step: int | None = None
     settings: Mapping[str, Any] | None = None
+    run: str | None = None
 
 
 def merge_manifest(
@@ -46,6 +48,7 @@ def merge_manifest(
     """The manifest of a merged version, but for its files."""
     return {
         "kind": "merged",
+        "run": training.run,
         "created": now(),
         "step": training.step,
         "best_step": training.best_step,

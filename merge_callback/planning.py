@@ -42,6 +42,7 @@ from merge_callback.processes import ALONE, Processes
 from merge_callback.refusals import adapter_problems, sharding_problems, weight_problems
 from merge_callback.rounding.grid import Grid
 from merge_callback.sharding import storage
+from merge_callback.shards import DTYPE_NAMES
 
 
 def make_plan(model: nn.Module, options: MergeOptions, processes: Processes = ALONE) -> Plan:
@@ -91,6 +92,8 @@ def _make_plan(
         for method in methods
         if method != "lora"
     }
+    if problems := [*_dtype_problems(containers)]:
+        raise MergeRefused(problems)
     fours = containers.get("merged_4bit", {}).values()
     if "merged_4bit" in methods and not any(isinstance(c, Bnb4) for c in fours):
         raise MergeRefused(
@@ -151,6 +154,20 @@ def _method_problems(
                 yield f"{weight.key}: modules_to_save on a quantised layer does not merge here"
 
 
+def _dtype_problems(containers: Mapping[str, Mapping[str, Container]]) -> Iterator[str]:
+    """Each dtype that cannot be written, with the first tensor that has it."""
+    found: dict[torch.dtype, str] = {}
+    for by_key in containers.values():
+        for key, container in by_key.items():
+            if isinstance(container, Plain) and container.dtype not in DTYPE_NAMES:
+                found.setdefault(container.dtype, key)
+    for dtype, key in found.items():
+        yield (
+            f"{key}: safetensors files hold no {dtype}; convert it before training, or register "
+            "the buffer with persistent=False"
+        )
+
+
 def _base_dtype(model: PreTrainedModel, weights: Iterable[Weight]) -> torch.dtype:
     """The dtype that the base was loaded in, whatever its norms were cast to since."""
     dtype = getattr(model.config, "dtype", None)
@@ -158,7 +175,8 @@ def _base_dtype(model: PreTrainedModel, weights: Iterable[Weight]) -> torch.dtyp
         dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype):
         return dtype
-    return next(w.stored.dtype for w in weights if w.stored.dtype.is_floating_point)
+    dtypes = [weight.stored.dtype for weight in weights]
+    return next(found for found in dtypes if found.is_floating_point and found.itemsize > 1)
 
 
 def _with_originals(model: PreTrainedModel, weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -229,7 +247,7 @@ def _plain(weight: Weight, dtype: torch.dtype, *, force: bool = False) -> Plain:
     stored = weight.stored
     if not isinstance(stored, PlainWeight | OffloadedWeight):
         return Plain(dtype, transposed=weight.conv1d)
-    if not stored.dtype.is_floating_point:
+    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:  # no number by itself
         return Plain(stored.dtype)
     if force or weight.updates or weight.replaced or stored.fits(dtype):
         return Plain(dtype)

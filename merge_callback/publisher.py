@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from merge_callback.errors import PushRefused
 from merge_callback.hub import QUICK, Hub, Target, preflight, same_repository
 from merge_callback.push import Push
-from merge_callback.store import MergeStore, Version
+from merge_callback.store import MergeStore
 from merge_callback.uploads import PushFailure, Uploads, pending
+from merge_callback.versions import Version
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from merge_callback.card import card_for_the_hub
 from merge_callback.errors import CorruptVersion, PushError
 from merge_callback.files import FileRecord
 from merge_callback.hub import Hub, Target, full_name
-from merge_callback.store import MANIFEST, Version, numbered
+from merge_callback.store import numbered
+from merge_callback.versions import MANIFEST, Version
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,12 @@ from merge_callback.store import MergeStore
 
 
 def rescue(
-    model: nn.Module, store: MergeStore, name: str, step: int, processes: Processes = ALONE
+    model: nn.Module,
+    store: MergeStore,
+    name: str,
+    step: int,
+    processes: Processes = ALONE,
+    run: str | None = None,
 ) -> Path:
     """Save the active adapters of `model` as version `name`, which is no merged one."""
     adapted = unwrap_model(model)
@@ -31,7 +36,7 @@ def rescue(
         if not processes.leads:
             return processes.from_leader(Path())
         with view.shown():
-            path = _save_alone(adapted, adapters, store, name, step, state)
+            path = _save_alone(adapted, adapters, store, name, step, state, run)
         return processes.from_leader(path)
 
 
@@ -42,12 +47,14 @@ def _save_alone(
     name: str,
     step: int,
     state: Mapping[str, torch.Tensor] | None,
+    run: str | None,
 ) -> Path:
     with store.draft(name) as draft:
         save_adapter(adapted, adapters, draft.path, state)
         draft.seal()
         manifest = {
             "kind": "adapter",
+            "run": run,
             "created": now(),
             "step": step,
             "best_step": None,

@@ -24,7 +24,7 @@ from torch import Tensor
 from merge_callback.codecs import TensorSpec
 from merge_callback.files import FileRecord
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {  # those that safetensors reads back
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -35,6 +35,15 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 _BYTES_AT_ONCE = 1 << 24
 
@@ -131,7 +140,8 @@ class CheckpointWriter:
 
 def host_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor in host memory, row-major, as bytes."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    values = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+    flat = values.contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
@@ -185,7 +195,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     end = 0
     for name, spec in specs.items():
         start, end = end, end + spec.nbytes
-        dtype = _DTYPE_NAMES[spec.dtype]
+        dtype = DTYPE_NAMES[spec.dtype]
         entries[name] = {"dtype": dtype, "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -14,30 +14,28 @@ between the two leaves an empty directory, which is no version. POSIX only.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
-import stat
+import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
 from merge_callback.files import FileRecord, hash_file, sync, sync_directories
-from merge_callback.locks import is_at, lock, unlock
+from merge_callback.locks import is_at, lock
+from merge_callback.versions import LAST, MANIFEST, SCHEMA, Version, check_files, read_version
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "merge_manifest.json"
-SCHEMA = 1
-_LARGEST_MANIFEST = 1 << 28  # bytes; some hundred for each weight
 # What file systems say that do not rename onto an empty directory.
 _NO_RENAME_ONTO = (
     errno.EEXIST,
@@ -48,49 +46,15 @@ _NO_RENAME_ONTO = (
     errno.ENOSYS,
     errno.EXDEV,
 )
-_DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)\.(?P<id>[0-9a-f]{32})\.draft")
-
-
-@dataclass(frozen=True)
-class Version:
-    """A published version."""
-
-    name: str
-    path: Path
-    manifest: Mapping[str, Any]
-
-    def records(self) -> dict[str, FileRecord]:
-        """What each file is known by, by its path below the version."""
-        files = self.manifest["files"]
-        return {name: FileRecord(found["size"], found["sha256"]) for name, found in files.items()}
-
-    def others(self) -> list[str]:
-        """Files below the version that are none of it."""
-        own = {MANIFEST, *self.records()}
-        files = (p for p in sorted(self.path.rglob("*")) if p.is_symlink() or not p.is_dir())
-        return [name for p in files if (name := p.relative_to(self.path).as_posix()) not in own]
-
-    def read(self, name: str) -> str:
-        """The text of a file.
-
-        Raises:
-            CorruptVersion: it is missing, or not as it was written.
-        """
-        _check(self.path, {name: self.records()[name]})
-        return self.file(name).read_text("utf-8")
-
-    def file(self, name: str) -> Path:
-        """Where a file lies.
-
-        Raises:
-            CorruptVersion: a link leads out of the version, or it is a pipe or the like.
-        """
-        path = self.path / name
-        if path.exists() and not path.is_file():
-            raise CorruptVersion(f"{path} is no file; do not use it")
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise CorruptVersion(f"{path} leads out of the version; do not use it")
-        return path
+_NO_CHMOD = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# Bytes. File systems take 255, and of a version's name there are ".<name>-v<number>.push" too;
+# of a draft's name the host takes up to 64, and the rest 41.
+_LONGEST_NAME = 240
+_DRAFT_NAME = 100
+_DRAFT = re.compile(r"\..+\.(?P<host>[^.]*)\.[0-9a-f]{32}\.draft", re.DOTALL)
+_PATIENCE = 30.0  # seconds to wait for others to publish; it takes them a fraction of one
+_GLANCE = 0.01  # seconds between two tries
+_TOLD: set[object] = set()  # what is said once in a process
 
 
 class Draft:
@@ -108,7 +72,7 @@ class Draft:
         """Give every file the mode that the umask asks for, hash it and make it durable."""
         mode = self.path.stat().st_mode & 0o666  # mkdir has applied the umask
         for path in self.files():
-            path.chmod(mode)
+            _set_mode(path, mode)
             name = path.relative_to(self.path).as_posix()
             if name not in self.records:
                 self.records[name] = hash_file(path)
@@ -120,7 +84,7 @@ class Draft:
         Raises:
             CorruptVersion: naming the file.
         """
-        _check(self.path, self.records)
+        check_files(self.path, self.records)
 
 
 class MergeStore:
@@ -140,7 +104,7 @@ class MergeStore:
         found = [
             version for path in self.root.iterdir() if (version := read_version(path)) is not None
         ]
-        return sorted(found, key=lambda v: (v.manifest["created"], _number(v.name)))
+        return sorted(found, key=lambda version: version.order)
 
     def latest(self) -> Version | None:
         """The newest merged version; adapters that were rescued from a failed merge are skipped."""
@@ -173,7 +137,7 @@ class MergeStore:
         found = self.version(version.name if isinstance(version, Version) else version)
         for name in found.records():
             found.file(name)
-        _check(found.path, found.records())
+        check_files(found.path, found.records())
         if others := ", ".join(found.others()):
             logger.warning("%s has files that are none of this version: %s", found.path, others)
 
@@ -190,10 +154,11 @@ class MergeStore:
         except OSError as error:
             raise MergeRefused([_unusable(self.root, error)]) from error
         if free < nbytes:
+            left = "".join(f"; {told}" for _, told in self._left())
             raise MergeRefused(
                 [
                     f"{self.root} has {free / 1e9:.2f} GB free and {nbytes / 1e9:.2f} GB are "
-                    "needed; free some, set keep_last=, or choose another output_dir"
+                    f"needed; free some, set keep_last=, or choose another output_dir{left}"
                 ]
             )
 
@@ -203,21 +168,20 @@ class MergeStore:
         check_name(name)
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        path, held = self._claim_draft(name)
-        try:
-            yield Draft(path)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)  # gone already when it was published
-            unlock(held)
+        with ExitStack() as last, ExitStack() as undo:  # an interrupt may skip the exit of one
+            last.callback(undo.close)
+            yield Draft(self._claim_draft(name, undo))
 
     def publish(self, draft: Draft, name: str, manifest: Mapping[str, Any]) -> Version:
         """Make a sealed draft version `name`, or `name-v2`, ...; durable when this returns."""
         files = {file: record._asdict() for file, record in sorted(draft.records.items())}
-        manifest = {"schema": SCHEMA, **manifest, "files": files}
-        text = json.dumps(manifest, indent=2) + "\n"
-        (draft.path / MANIFEST).write_text(text)
-        sync_directories(draft.path, [draft.path / MANIFEST])
-        target = self._rename(draft.path, name)
+        with ExitStack() as last, ExitStack() as undo:
+            last.callback(undo.close)
+            place = {"sequence": self._next(undo), "files": files}
+            text = json.dumps({"schema": SCHEMA, "run": None, **manifest, **place}, indent=2) + "\n"
+            (draft.path / MANIFEST).write_text(text)
+            sync_directories(draft.path, [draft.path / MANIFEST])
+            target = self._rename(draft.path, name, undo)
         try:
             sync(self.root)
         except OSError as error:  # it is there, whole, all the same
@@ -227,11 +191,9 @@ class MergeStore:
     def prune(
         self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
     ) -> list[str]:
-        """Remove the versions that are `prunable`; their names."""
+        """Remove the versions that are `prunable`; the names of those that are gone now."""
         found = self.prunable(keep_last, names=names, keep_steps=keep_steps)
-        for version in found:
-            self._remove(version)
-        return [version.name for version in found]
+        return [version.name for version in found if self._remove(version)]
 
     def prunable(
         self, keep_last: int, *, names: Collection[str], keep_steps: frozenset[int]
@@ -240,92 +202,180 @@ class MergeStore:
 
         Args:
             keep_last: how many to leave, at least 1.
-            names: versions of other names are left.
+            names: versions of other names are left. As a mapping, name -> `Version.identity`: so
+                are those that have another manifest now.
             keep_steps: steps, or best steps, whose versions are left.
         """
+        ours = [v for v in self.versions() if v.name in names]
+        if isinstance(names, Mapping):
+            ours = [v for v in ours if v.identity == names[v.name]]
         found = []
-        for version in [v for v in self.versions() if v.name in names][:-keep_last]:
+        for version in ours[:-keep_last]:
             steps = {version.manifest["step"], version.manifest["best_step"]}
             if not steps & keep_steps and not push_marker(version.path).exists():
                 found.append(version)
         return found
 
-    def _claim_draft(self, name: str) -> tuple[Path, int]:
-        """A draft of our own, and the open lock that says so."""
+    def _claim_draft(self, name: str, undo: ExitStack) -> Path:
+        """A draft of our own, under a lock that says so; `undo` removes it, and lets go."""
         while True:
-            path = self._draft_path(name)
+            path, held, empty = self._draft_path(name), ExitStack(), ExitStack()
+            undo.callback(held.close)
+            empty.enter_context(suppress(OSError))
+            empty.callback(os.rmdir, path)
+            undo.callback(empty.close)  # where there is no descriptor left for rmtree
+            for _ in range(2):  # the first may be interrupted; it is gone when it was published
+                undo.callback(shutil.rmtree, path, ignore_errors=True)
             path.mkdir()
-            try:
-                held = lock(path)
-            except OSError:
-                path.rmdir()
-                raise
-            if held is not None:
-                if is_at(held, path):
-                    return path, held
-                unlock(held)  # another process took it for stale before the lock was ours
+            descriptor = lock(path, held=held)
+            if descriptor is not None and is_at(descriptor, path):
+                return path
+            held.close()  # another process took it for stale before the lock was ours
 
     def _draft_path(self, name: str) -> Path:
-        return self.root / f".{name}.{_host()}.{uuid.uuid4().hex}.draft"
+        start = os.fsencode(name)[:_DRAFT_NAME].decode(errors="ignore")
+        return self.root / f".{start}.{_host()}.{uuid.uuid4().hex}.draft"
+
+    def _drafts(self) -> Iterator[tuple[Path, str]]:
+        """All drafts, and the hosts that they are of."""
+        for path in self.root.iterdir():
+            if (match := _DRAFT.fullmatch(path.name)) is not None:
+                yield path, match["host"]
 
     def _sweep(self) -> None:
-        """Remove drafts whose process died: on this host, the kernel has let go of their locks."""
-        for path in self.root.iterdir():
-            match = _DRAFT.fullmatch(path.name)
-            if match is None or match["host"] != _host():
-                continue
-            try:
-                held = lock(path, where_unsupported=False)
-            except OSError:  # not a directory, or not ours to open
-                continue
-            if held is not None:
-                logger.warning("removing %s, left by a process that died", path)
-                shutil.rmtree(path, ignore_errors=True)
-                unlock(held)
+        """Remove drafts whose process died: on this host, the kernel has let go of their locks.
 
-    def _rename(self, draft: Path, name: str) -> Path:
+        What cannot be told from the draft of a process that lives is said, once in a process.
+        """
+        for path, host in self._drafts():
+            with ExitStack() as last, ExitStack() as undo, suppress(OSError):  # not ours to open
+                last.callback(undo.close)
+                if host == _host() and lock(path, held=undo, where_unsupported=False) is not None:
+                    logger.warning("removing %s, left by a process that died", path)
+                    shutil.rmtree(path, ignore_errors=True)
+        for path, told in self._left():
+            _say_once(path.absolute(), told)
+
+    def _left(self) -> Iterator[tuple[Path, str]]:
+        """Drafts that may be of processes that died, and what is to be said of them."""
+        for path, host in self._drafts():
+            with ExitStack() as last, ExitStack() as undo, suppress(OSError):
+                last.callback(undo.close)
+                if path.is_dir() and not _is_locked(path, undo):
+                    yield path, _told_of_draft(path, host)
+
+    def _next(self, undo: ExitStack) -> int:
+        """The sequence of the next version; nobody else publishes before `undo` lets them.
+
+        Where locks do not work, or are not to be had, two versions may have the same.
+        """
+        patience = time.monotonic() + _PATIENCE
+        while lock(self.root, held=undo) is None and time.monotonic() < patience:
+            time.sleep(_GLANCE)
+        return min(LAST, 1 + max((version.sequence for version in self.versions()), default=0))
+
+    def _rename(self, draft: Path, name: str, undo: ExitStack) -> Path:
+        claim = ExitStack()
+        undo.callback(claim.close)
         for candidate in numbered(name):
             target = self.root / candidate
-            try:
-                target.mkdir()
-            except FileExistsError:
+            if not _claimed(target, claim):
                 continue
             push_marker(target).unlink(missing_ok=True)  # of a version that is gone
             try:
                 draft.rename(target)
             except OSError as error:
                 if target.is_dir() and any(target.iterdir()):  # somebody moved in: let them have it
+                    claim.pop_all()
                     continue
                 if error.errno not in _NO_RENAME_ONTO:
-                    target.rmdir()
                     raise
-                _move(draft, target)
+                _move(draft, target, claim)
+            claim.pop_all()
             return target
         raise AssertionError("unreachable")
 
-    def _remove(self, version: Version) -> None:
-        """One rename takes the version away whole; the rest is a stale draft's business."""
+    def _remove(self, version: Version) -> bool:
+        """One rename takes the version away whole; the rest is a stale draft's business.
+
+        Not one that is being pushed, or has to be by now; nor another one of its name.
+        """
         gone = self._draft_path(version.name)
-        held = lock(version.path)
-        version.path.rename(gone)
-        shutil.rmtree(gone)
-        if held is not None:
-            unlock(held)
+        with ExitStack() as last, ExitStack() as undo:
+            last.callback(undo.close)
+            held = lock(version.path, held=undo)
+            if held is None or push_marker(version.path).exists():
+                return False
+            found = read_version(version.path)
+            if found is None or found.identity != version.identity or not is_at(held, found.path):
+                return False
+            version.path.rename(gone)
+            if push_marker(version.path).exists():  # whoever marks it does not ask for the lock
+                gone.rename(version.path)
+                return False
+            shutil.rmtree(gone)
+        return True
 
 
-def _move(draft: Path, target: Path) -> None:
+def _claimed(target: Path, claim: ExitStack) -> bool:
+    """Whether a new, empty directory is ours now; `claim` takes it away while it is empty."""
+    if os.path.lexists(target):
+        return False
+    claim.enter_context(suppress(OSError))
+    claim.callback(os.rmdir, target)
+    try:
+        target.mkdir()
+    except FileExistsError:
+        claim.pop_all()
+        return False
+    return True
+
+
+def _move(draft: Path, target: Path, claim: ExitStack) -> None:
     """Move the files of a draft into a directory of ours; last the manifest: now it is whole."""
     moved = [path for path in sorted(draft.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    claim.callback(shutil.rmtree, target, ignore_errors=True)
+    for path in [*moved, draft / MANIFEST]:
+        place = target / path.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == MANIFEST:
+            sync_directories(target, [target / other.relative_to(draft) for other in moved])
+        path.rename(place)
+
+
+def _say_once(what: object, told: str) -> None:
+    if what not in _TOLD:
+        _TOLD.add(what)
+        logger.warning("%s", told)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Where the file system lets us: on some mounts all files have one mode."""
     try:
-        for path in [*moved, draft / MANIFEST]:
-            place = target / path.relative_to(draft)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path.name == MANIFEST:
-                sync_directories(target, [target / other.relative_to(draft) for other in moved])
-            path.rename(place)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_CHMOD:
+            raise
+        _say_once("chmod", f"{path.parent} refuses chmod ({error}); files have the modes it gives")
+
+
+def _is_locked(path: Path, undo: ExitStack) -> bool:
+    """Whether a process that lives has a lock on a draft, as far as can be seen from here."""
+    try:
+        return lock(path, held=undo) is None
+    except PermissionError:
+        return False
+
+
+def _told_of_draft(path: Path, host: str) -> str:
+    files = [path, *path.rglob("*")]
+    stats = [found.lstat() for found in files]
+    size = sum(found.st_size for found in stats)
+    hours = (time.time() - max(found.st_mtime for found in stats)) / 3600
+    return (
+        f"{path} ({size / 1e9:.2f} GB, last written {hours:.1f} hours ago) is a draft of host "
+        f"{host}; if no process there is merging, remove it"
+    )
 
 
 def check_name(name: str) -> None:
@@ -334,7 +384,8 @@ def check_name(name: str) -> None:
     Raises:
         MergeRefused: it cannot.
     """
-    if not re.fullmatch(r"[\w][\w.=+-]{0,150}", name):
+    named = re.fullmatch(r"[\w][\w.=+-]{0,150}", name)
+    if not named or len(os.fsencode(name)) > _LONGEST_NAME:
         raise MergeRefused(
             [f"name={name!r} cannot name a version; use letters, digits, '-', '_' and '.'"]
         )
@@ -352,93 +403,9 @@ def push_marker(version: Path) -> Path:
     return version.parent / f".{version.name}.push"
 
 
-def version_at(path: str | os.PathLike[str]) -> Version:
-    """The version in a directory, or the one of which it holds what a single method has written.
-
-    Raises:
-        MergeRefused: there is no such directory.
-        CorruptVersion: it is no version.
-    """
-    place = Path(path).resolve()
-    if not place.is_dir():
-        raise MergeRefused([f"{path} is no directory"])
-    found = read_version(place)
-    if found is None and (above := read_version(place.parent)) is not None:
-        parts = {PurePosixPath(name).parts[0] for name in above.records() if "/" in name}
-        found = above if place.name in parts else None
-    if found is None:
-        raise CorruptVersion(f"{path} has no readable {MANIFEST}: it is not a published version")
-    return found
-
-
-def read_version(path: Path) -> Version | None:
-    """The version at `path`; None when there is none, whatever else lies there."""
-    if path.name.startswith(".") or path.is_symlink():
-        return None
-    try:
-        found = (path / MANIFEST).lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_MANIFEST:
-            return None
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["schema"] > SCHEMA:
-            logger.warning("%s was written by a newer merge_callback and is left alone", path)
-            return None
-        if _is_sound(manifest):
-            return Version(path.name, path, manifest)
-    except OSError:  # there is none, or it was pruned just now
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    logger.warning("%s has a damaged %s and is left alone", path, MANIFEST)
-    return None
-
-
-def _is_sound(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has what a version is known by, of the right kinds."""
-    verification = manifest.get("verification") or {}
-    models = verification.get("models") or {}
-    return (
-        all(isinstance(manifest[key], str) for key in ("kind", "created"))
-        and all(isinstance(manifest[key], int | None) for key in ("step", "best_step"))
-        and all(isinstance(method, str) for method in manifest.get("save_methods", ()))
-        and all(isinstance(figures, dict) for figures in models.values())
-        and all(map(_is_record, manifest["files"].items()))
-    )
-
-
-def _is_record(item: tuple[Any, Any]) -> bool:
-    """Whether a manifest's entry names a file below its version, and says what it is known by."""
-    name, record = item
-    below = name == PurePosixPath(name).as_posix() and not name.startswith("/") and "\0" not in name
-    return (
-        below
-        and not {"..", "."} & set(name.split("/"))
-        and isinstance(record["size"], int)
-        and isinstance(record["sha256"], str)
-    )
-
-
-def _check(directory: Path, records: Mapping[str, FileRecord]) -> None:
-    for name, record in records.items():
-        try:
-            found = hash_file(directory / name)
-        except OSError as error:
-            raise CorruptVersion(f"{directory / name} cannot be read: {error}") from error
-        if found != record:
-            raise CorruptVersion(
-                f"{directory / name} is not what was written ({found.size} bytes, sha256 "
-                f"{found.sha256[:12]}…; expected {record.size} bytes, {record.sha256[:12]}…); "
-                "do not use it, and check the disk"
-            )
-
-
-def _number(name: str) -> int:
-    match = re.search(r"-v(\d+)$", name)
-    return int(match[1]) if match else 1
-
-
 def _host() -> str:
-    return re.sub(r"[^\w-]", "-", socket.gethostname())
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    return host if len(os.fsencode(host)) <= 64 else hashlib.sha256(os.fsencode(host)).hexdigest()
 
 
 def _unusable(root: Path, error: OSError) -> str:

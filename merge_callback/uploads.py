@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 
 from huggingface_hub import constants
@@ -25,9 +26,10 @@ from tqdm.auto import tqdm
 
 from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushRefused, PushStopped
 from merge_callback.hub import Hub, Target, explain, name_problems, passes
-from merge_callback.locks import lock, unlock
+from merge_callback.locks import lock
 from merge_callback.push import Push, push, weight_bytes
-from merge_callback.store import Version, push_marker, version_at
+from merge_callback.store import push_marker
+from merge_callback.versions import Version, version_at
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +201,10 @@ class Uploads:
             )
             told.__cause__ = error
             self.failures.append(PushFailure(version, target, told))
-        if pending(version) in (None, target):
-            with suppress(OSError):
+        with suppress(OSError):
+            if not version.path.is_dir():  # pruned as its push began
+                push_marker(version.path).unlink(missing_ok=True)
+            elif pending(version) in (None, target):
                 _mark(version, target, told)
 
     def _hush(self) -> None:
@@ -218,18 +222,15 @@ class Uploads:
 
 def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
     """Push, unless another process is at it."""
-    held = lock(version.path)
-    if held is None:
-        raise PushStopped(
-            f"another process is pushing {version.path}, or a call of this one that was given up "
-            "has not ended yet, or it is gone"
-        )
-    try:
+    with ExitStack() as held:
+        if lock(version.path, held=held) is None:
+            raise PushStopped(
+                f"another process is pushing {version.path}, or a call of this one that was given "
+                "up has not ended yet, or it is gone"
+            )
         done = push(hub, version, target)
         if pending(version) in (None, target):
             push_marker(version.path).unlink(missing_ok=True)
-    finally:
-        unlock(held)
     logger.info("pushed %s to %s", version.name, done.url)
     return done
 
@@ -237,6 +238,8 @@ def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
 def _what_remains(version: Version, target: Target, error: Exception) -> str:
     if isinstance(error, CorruptVersion):
         return ". Nothing was sent"
+    if not version.path.is_dir():
+        return ". It was removed meanwhile, and no push is pending"
     if pending(version) not in (None, target):
         return f". It is whole in {version.path}, and still to be pushed elsewhere: push it again"
     return (
@@ -249,7 +252,7 @@ def _what_remains(version: Version, target: Target, error: Exception) -> str:
 def _mark(version: Version, target: Target, error: Exception | None = None) -> None:
     """Note, beside a version, that it is to be pushed, where to, and what went wrong."""
     marker = push_marker(version.path)
-    draft = marker.with_suffix(".push-draft")
+    draft = marker.with_name(f".{uuid.uuid4().hex}.push-draft")  # the name may be at its longest
     told = {"push": "pending", **asdict(target), "error": error and str(error)}
     draft.write_text(json.dumps(told, indent=2) + "\n")
     draft.replace(marker)

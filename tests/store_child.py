@@ -1,9 +1,13 @@
 """Run by test_reliability in a process of its own: a fault at each step of a version's life.
 
 python store_child.py ROOT: prints one JSON list, a row for each fault and system call.
+python store_child.py ROOT lines: a row for each error and line of the store.
 """
 
+import gc
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,5 +106,71 @@ def main(root):
     print(json.dumps(rows))
 
 
+OWNERS = tuple(f"/merge_callback/{name}.py" for name in ("store", "versions", "files", "locks"))
+ERRORS = {"KeyboardInterrupt": KeyboardInterrupt, "ENOSPC": lambda: OSError(28, "No space left")}
+
+
+def at_each_line(act, work):
+    """Call `act` before each line of the store that `work` runs."""
+
+    def local(frame, event, argument):
+        if event == "line":
+            act(frame)
+        return local
+
+    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename.endswith(OWNERS) else None)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+
+
+def publish_and_prune(store, step):
+    names = [version.name for version in store.versions()]
+    with store.draft("v") as draft:
+        (draft.path / "deep").mkdir()
+        (draft.path / "deep" / "file").write_text(str(step))
+        draft.seal()
+        manifest = {"kind": "merged", "created": str(step), "step": step, "best_step": None}
+        version = store.publish(draft, "v", manifest)
+    store.prune(1, names=[*names, version.name], keep_steps=frozenset())
+
+
+def lines(root):
+    """What an error at each line leaves of a version that is published and one that is pruned."""
+    os.fsync = lambda descriptor: None  # thousands of them; the lines around are run all the same
+    store, met = MergeStore(root / "counted"), []
+    publish_and_prune(store, 1)
+    at_each_line(lambda frame: met.append(frame.f_lineno), lambda: publish_and_prune(store, 2))
+    rows = []
+    for kind, error in ERRORS.items():
+        for at in range(len(met)):
+            store, count = MergeStore(root / kind / str(at)), 0
+            publish_and_prune(store, 1)
+            held = len(os.listdir("/proc/self/fd"))
+
+            def fail(frame, at=at, error=error, row=(row := {"error": kind})):
+                nonlocal count
+                count += 1
+                if count == at + 1:
+                    row["line"] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                    raise error()
+
+            try:
+                at_each_line(fail, lambda store=store: publish_and_prune(store, 2))
+            except (KeyboardInterrupt, OSError):
+                pass
+            if len(os.listdir("/proc/self/fd")) > held:
+                gc.collect()  # of a file that only the traceback held
+            row["held"] = len(os.listdir("/proc/self/fd")) - held
+            row["versions"], row["drafts"] = state(store.root)
+            publish_and_prune(store, 3)
+            row["then"], row["left"] = state(store.root)
+            row["entries"] = len(os.listdir(store.root))
+            shutil.rmtree(store.root)
+            rows.append(row)
+    print(json.dumps(rows))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (lines if "lines" in sys.argv else main)(Path(sys.argv[1]))

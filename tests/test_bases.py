@@ -11,9 +11,18 @@ from safetensors.torch import load_file
 from test_adapters import effect_error
 from test_architectures import MODELS, made
 from test_calibration import batches
-from transformers import AutoModelForCausalLM, TorchAoConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    TorchAoConfig,
+    WhisperForConditionalGeneration,
+)
 
-from merge_callback import MergeRefused, merge_adapter
+from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
+from merge_callback.export import check_merge
+from merge_callback.planning import make_plan
+from merge_callback.shards import DTYPE_NAMES
+from merge_callback.verification.tensors import Deviation, deviations
 
 pytestmark = pytest.mark.matrix
 
@@ -230,6 +239,93 @@ def test_floats_of_8_bits_are_refused_by_name(tmp_path):
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), False)
     with pytest.raises(MergeRefused, match="float8_e4m3fn of an unknown quantiser"):
         merge_adapter(model, tmp_path / "out")
+
+
+def with_extra(dtype, *, parameter):
+    """A class with one more tensor, and a model of it with values whose every byte counts."""
+    empty = torch.zeros(32 * dtype.itemsize, dtype=torch.uint8)
+    values = (torch.arange(len(empty)) * 37 % (2 if dtype == torch.bool else 256)).to(torch.uint8)
+
+    class Extra(LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            if parameter:
+                self.extra = torch.nn.Parameter(empty.clone().view(dtype), requires_grad=False)
+            else:
+                self.register_buffer("extra", empty.clone().view(dtype))
+
+    return Extra, values.view(dtype)
+
+
+@pytest.mark.parametrize("parameter", [True, False], ids=["parameter", "buffer"])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=str)
+def test_whatever_safetensors_names_is_written_byte_for_byte(tmp_path, dtype, parameter):
+    kind, values = with_extra(dtype, parameter=parameter)
+    base = kind.from_pretrained(save_base(tmp_path / "base"), dtype=torch.bfloat16)
+    base.extra.data = values.clone()
+    result = merge_adapter(adapt(base), tmp_path / "out", progress=False, verify=True)
+    assert result.manifest["verification"]["problems"] == []
+    found = load_file(result.path / "model.safetensors")["extra"]
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_a_copy_that_differs_in_one_bit_is_no_copy(tmp_path, dtype):
+    kind, values = with_extra(dtype, parameter=False)
+    save_base(tmp_path / "base")
+    live, rebuilt = [kind.from_pretrained(tmp_path / "base", dtype="auto") for _ in range(2)]
+    for model in (live, rebuilt):
+        model.extra.data = values.clone()
+    plan = make_plan(adapt(live), MergeOptions())
+    assert deviations(plan, "merged_16bit", rebuilt)["extra"] == Deviation(0.0, False)
+    rebuilt.extra.data.view(torch.uint8)[5] ^= 1
+    assert deviations(plan, "merged_16bit", rebuilt)["extra"].broken
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.uint4, torch.float4_e2m1fn_x2], ids=str)
+def test_a_dtype_that_safetensors_does_not_name_is_refused_with_the_cure(tmp_path, dtype):
+    model = qlora(tmp_path)
+    model.get_base_model().model.register_buffer("extra", torch.empty(4, dtype=dtype))
+    with pytest.raises(MergeRefused) as caught:
+        check_merge(model, MergeStore(tmp_path / "out"), MergeOptions(verify=False))
+    assert list(caught.value.problems) == [
+        f"model.extra: safetensors files hold no {dtype}; convert it before training, or register "
+        "the buffer with persistent=False"
+    ]
+    check_merge(model, MergeStore(tmp_path / "out"), MergeOptions(save_method="lora"))
+
+
+def test_a_tensor_that_would_not_load_again_is_found_before_training(tmp_path):
+    model = qlora(tmp_path)
+    inner, store = model.get_base_model().model, MergeStore(tmp_path / "out")
+    inner.register_buffer("one", torch.zeros(4))
+    inner.register_buffer("other", torch.zeros(4))
+    with pytest.raises(MergeRefused) as caught:
+        check_merge(model, store, MergeOptions())
+    assert list(caught.value.problems) == [
+        "model.one and 1 others: LlamaForCausalLM makes no such tensor, so it would not load "
+        "again; take it off the model, or register the buffer with persistent=False"
+    ]
+    for accepted in (MergeOptions(verify=False), MergeOptions(verify="warn")):
+        check_merge(model, store, accepted)
+    for name in ("one", "other"):
+        delattr(inner, name)
+        inner.register_buffer(name, torch.zeros(4), persistent=False)
+    check_merge(model, store, MergeOptions())
+
+
+def test_the_output_has_a_dtype_of_weights_though_the_first_tensor_has_8_bits(tmp_path):
+    model = qlora(tmp_path, "float32")
+    model.config.dtype = None
+    base = model.get_base_model()
+    own = dict(base._parameters)
+    base._parameters.clear()
+    base.register_parameter(
+        "extra", torch.nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn), requires_grad=False)
+    )
+    base._parameters.update(own)
+    assert make_plan(model, MergeOptions()).dtype == torch.float32
 
 
 def test_weights_that_are_nowhere_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from datasets import Dataset
 from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
 from peft import LoraConfig
 from safetensors.torch import load_file
+from test_store import publish
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import merge_callback.weights
-from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeStore
+from merge_callback import MergeError, MergeOnSaveCallback, MergeRefused, MergeResult, MergeStore
 
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 TEXTS = [" ".join(f"w{(i * 7 + j) % 50}" for j in range(12)) for i in range(16)]
@@ -302,6 +304,78 @@ def test_versions_of_another_run_are_not_pruned(tmp_path):
     callback = MergeOnSaveCallback(merge_on_save=True, keep_last=1)
     trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
     assert listing(tmp_path) == ["step-00000004", "step-00000004-v2"]
+
+
+def test_two_runs_in_one_root_keep_the_newest_of_each(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    one, other = [MergeOnSaveCallback(merge_on_save=True, keep_last=1) for _ in range(2)]
+    for callback in (one, other, one):
+        trainer(tmp_path, callback, **settings).train()
+    store = MergeStore(tmp_path / "run" / "_merged")
+    assert [version.run for version in store.versions()] == [other._run, one._run]
+    assert one._run != other._run
+    assert [version.sequence for version in store.versions()] == [4, 6]
+
+
+def in_roots(callback, *published):
+    """Publish and prune as a run does, into directories of several runs."""
+    state = SimpleNamespace(best_global_step=None, best_model_checkpoint=None)
+    for place, step in published:
+        store = callback._store(SimpleNamespace(output_dir=place))
+        version = publish(store, f"step-{step}", step=step, run=callback._run)
+        callback._keep(MergeResult(version.name, {"lora": version.path}, version.manifest))
+        callback._prune(store, state)
+
+
+def test_one_callback_prunes_in_each_directory_what_it_has_published_there(tmp_path):
+    last_week = publish(MergeStore(tmp_path / "b/_merged"), "step-2", step=2)
+    a, b = tmp_path / "a", tmp_path / "b"
+    callback = MergeOnSaveCallback(keep_last=1)
+    in_roots(callback, (a, 2), (a, 4), (b, 4), (b, 6))
+    assert listing(a, "_merged") == ["step-4"]
+    assert listing(b, "_merged") == ["step-2", "step-6"]
+    MergeStore(b / "_merged").verify(last_week)
+
+
+def test_a_directory_is_the_same_by_every_path(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    callback = MergeOnSaveCallback(keep_last=1)
+    in_roots(callback, (tmp_path / "a", 2), (tmp_path / "link", 4), (tmp_path / "a/../link", 6))
+    assert listing(tmp_path / "a", "_merged") == ["step-6"]
+
+
+def test_what_was_pruned_is_forgotten(tmp_path):
+    callback = MergeOnSaveCallback(keep_last=1)
+    in_roots(callback, (tmp_path, 2), (tmp_path, 4), (tmp_path, 2))
+    theirs = publish(MergeStore(tmp_path / "_merged"), "step-4", step=4)
+    in_roots(callback, (tmp_path, 6))
+    assert listing(tmp_path, "_merged") == ["step-4", "step-6"]
+    assert [name for _, name, _ in callback._own] == ["step-6"]
+    MergeStore(tmp_path / "_merged").verify(theirs)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_clock_that_goes_back_costs_no_version(tmp_path, monkeypatch, blocking):
+    times = iter(range(9, 0, -1))
+    monkeypatch.setattr("merge_callback.manifest.now", lambda: f"2026-01-0{next(times)}")
+    callback = MergeOnSaveCallback(merge_on_save=True, keep_last=1, blocking=blocking)
+    trainer(tmp_path, callback, save_strategy="steps", save_steps=2).train()
+    store = MergeStore(tmp_path / "run" / "_merged")
+    assert len(callback.results) == 2
+    assert [version.name for version in store.versions()] == [callback.results[-1].version]
+    assert store.latest().path == callback.results[-1].path
+
+
+def test_a_rescued_adapter_says_which_run_it_is_of(tmp_path, monkeypatch):
+    def fail(*args, **settings):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("merge_callback.callback.export", fail)
+    callback = MergeOnSaveCallback(on_error="warn")
+    trainer(tmp_path, callback).train()
+    (version,) = MergeStore(tmp_path / "run" / "_merged").versions()
+    assert (version.manifest["kind"], version.run) == ("adapter", callback._run)
 
 
 def test_a_prune_that_fails_is_no_failed_merge(tmp_path, monkeypatch, caplog):

@@ -14,6 +14,7 @@ import torch
 from models import qlora, same, tokenizer
 from safetensors.torch import load_file, save_file
 from test_callback import TEXTS, listing, sft
+from test_store import publish
 
 import merge_callback
 from merge_callback import (
@@ -354,7 +355,7 @@ def test_models_without_scores_of_classes_are_not_within_a_limit(exports, tmp_pa
 
 def test_versions_are_pruned_when_it_is_said_twice(exports, tmp_path, capsys):
     code, rows = said(capsys, "prune", exports, "--keep", "1")
-    assert code == 0 and rows == [{"version": "merged", "removed": False}]
+    assert code == 0 and rows == [{"version": "merged", "run": None, "removed": False}]
     assert listing(exports, "") == ["merged", "merged-v2"]
     assert said(capsys, "prune", exports, "--keep", "1", "--yes")[1][0]["removed"]
     assert listing(exports, "") == ["merged-v2"]
@@ -371,6 +372,28 @@ def test_versions_are_pruned_when_it_is_said_twice(exports, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["prune", str(exports), "--keep", "0"])
     assert ended.value.code == 2
+
+
+def test_each_run_keeps_its_own_newest_and_its_own_best(tmp_path, capsys):
+    store = MergeStore(tmp_path)
+    for run, step, best in [("a", 1, None), ("b", 2, None), ("a", 2, None), ("a", 3, 1)]:
+        publish(store, f"step-{step}", step=step, best_step=best, run=run)
+    publish(store, "step-4", step=4)  # of no run
+    publish(store, "step-5", step=5, best_step=2)
+    rows = said(capsys, "list", tmp_path)[1]
+    names = ["step-1", "step-2", "step-2-v2", "step-3", "step-4", "step-5"]
+    assert [row["version"] for row in rows] == names
+    assert [row["run"] for row in rows] == ["a", "b", "a", "a", None, None]
+    # Step 1 is the best of run a; that 2 is the best of another saves step-2-v2 no more.
+    found = [
+        {"version": "step-2-v2", "run": "a", "removed": True},
+        {"version": "step-4", "run": None, "removed": True},
+    ]
+    code, rows = said(capsys, "prune", tmp_path, "--keep", "1")
+    assert code == 0 and rows == [row | {"removed": False} for row in found]
+    assert said(capsys, "prune", tmp_path, "--keep", "1", "--yes") == (0, found)
+    assert [v.name for v in store.versions()] == ["step-1", "step-2", "step-3", "step-5"]
+    assert said(capsys, "prune", tmp_path, "--keep", "1", "--yes") == (0, [])
 
 
 def test_a_version_is_pushed(exports, hub_client, capsys):
@@ -445,7 +468,7 @@ def test_wrong_usage_is_2_and_help_names_the_exit_codes(capsys):
 def test_a_terminal_shows_what_there_is_and_a_pipe_every_column(exports, capsys, monkeypatch):
     assert main(["list", str(exports)]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert lines[0][-3:] == ["kl", "bytes", "push"] and {len(line) for line in lines} == {10}
+    assert lines[0][-4:] == ["kl", "bytes", "push", "run"] and {len(line) for line in lines} == {11}
     assert len(lines[1][2]) == len("2026-11-26T15:06")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "dumb")

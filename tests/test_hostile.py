@@ -18,8 +18,8 @@ from test_store import publish
 
 from merge_callback import CorruptVersion, MergeStore, compare, merge_adapter
 from merge_callback.cli import main
-from merge_callback.store import MANIFEST, read_version
 from merge_callback.verification.rebuilt import rebuild
+from merge_callback.versions import MANIFEST, read_version
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 from huggingface_hub import HfApi
@@ -19,7 +20,7 @@ import merge_callback.hub
 from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError
 from merge_callback import push_version as push_in_public
 from merge_callback.hub import Hub, Target
-from merge_callback.locks import lock, unlock
+from merge_callback.locks import lock
 from merge_callback.push import _Remote
 from merge_callback.store import push_marker
 from merge_callback.uploads import Uploads
@@ -142,12 +143,13 @@ def test_a_gitignore_on_main_that_leaves_out_our_files_is_said(tmp_path, server)
 
 def test_a_lock_ends_with_the_push_though_a_forked_process_lives_on(tmp_path, server):
     version = make(tmp_path)
-    held = lock(version.path)
+    held = ExitStack()
+    assert lock(version.path, held=held) is not None
     child = os.fork()
     if child == 0:
         time.sleep(3000)  # of which the tests' clock makes 30 s
         os._exit(0)
-    unlock(held)
+    held.close()
     try:
         assert push_version(version.path, REPO).tag == "step-1"
     finally:

@@ -1,15 +1,18 @@
 """A fault at each step of a version's life, file systems that can do less, and many exports."""
 
+import contextlib
 import errno
 import gc
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,8 +22,9 @@ from test_store import manifest, publish
 from transformers import TrainerCallback
 
 import merge_callback.store
-from merge_callback import MergeOnSaveCallback, MergeStore
-from merge_callback.store import MANIFEST
+from merge_callback import MergeOnSaveCallback, MergeResult, MergeStore
+from merge_callback.cli import main
+from merge_callback.versions import MANIFEST
 
 pytestmark = pytest.mark.faults
 
@@ -81,6 +85,35 @@ def test_the_steps_are_met(rows):
         ("prune", "unlink"),
         ("prune", "rmdir"),
     } <= met
+
+
+@pytest.fixture(scope="module")
+def line_rows(tmp_path_factory):
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(tmp_path_factory.mktemp("lines")), "lines"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ENOSPC"])
+def test_an_error_at_any_line_leaves_whole_versions_and_nothing_else(line_rows, error, support):
+    support("An error at each line of the store", error, "left")
+    met = [row for row in line_rows if row["error"] == error]
+    for row in met:
+        assert row["versions"] in ([1], [1, 2], [2]), row
+        assert (row["held"], row["drafts"], row["then"], row["left"]) == (0, 0, [3], 0), row
+        assert row["entries"] == 1, row  # no directory that was claimed, either
+    assert {row["line"].split(":")[0] for row in met} == {
+        "store.py",
+        "versions.py",
+        "files.py",
+        "locks.py",
+    }
+    support.found(f"of {len(met)} lines: whole versions, no draft, no descriptor")
 
 
 # File systems that can do less
@@ -152,15 +185,6 @@ def test_two_hosts_do_not_take_each_others_drafts(tmp_path, monkeypatch, support
         assert ours.path.is_dir()
 
 
-def test_the_newest_is_told_by_its_time_and_two_of_one_time_by_their_number(tmp_path):
-    store = MergeStore(tmp_path)
-    late = publish(store, created="2027-01-01T00:00:00")
-    early = publish(store, created="2026-01-01T00:00:00")  # a clock that lags behind
-    same = publish(store, created="2027-01-01T00:00:00")
-    assert [v.name for v in store.versions()] == [early.name, late.name, same.name]
-    assert store.latest() == same
-
-
 # Many of them
 
 
@@ -227,6 +251,59 @@ def test_eight_processes_share_a_root_and_lose_no_version(tmp_path, seconds, sup
         store.verify(version)
         (name,) = version.records()
         contents.add((version.path / name).read_text())
+    assert [v.sequence for v in store.versions()] == [*range(1, sum(counts) + 1)]
     expected = {f"{i} {j}" for i in range(8) for j in range(counts[i])}
     assert contents == expected and len(store.versions()) == sum(counts) > 8
+    support.found(f"0 of {sum(counts)}")
+
+
+def _merge_for(root, seconds, counts, index):
+    """A run that publishes and prunes, by a clock of its own; it may see other roots too."""
+    callback = MergeOnSaveCallback(root, merge_on_save=True, keep_last=1)
+    store = callback._store(SimpleNamespace(output_dir="unused"))
+    state = SimpleNamespace(best_global_step=None, best_model_checkpoint=None)
+    clock = random.Random(index)
+    end, done = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        created = f"2026-01-01T00:00:00.{clock.randrange(10**6):06}"
+        version = publish(
+            store, f"step-{done % 3}", f"{index} {done}", created=created, run=callback._run
+        )
+        callback._keep(MergeResult(version.name, {"lora": version.path}, version.manifest))
+        callback._prune(store, state)
+        store.verify(version)
+        assert store.version(version.name) == version
+        done += 1
+    counts[index] = done
+
+
+def _prune_for(root, seconds):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert main(["prune", str(root), "--keep", "1", "--yes"]) == 0
+
+
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(60, marks=pytest.mark.soak)], ids=["short", "long"]
+)
+def test_runs_that_prune_one_root_keep_the_newest_of_each(tmp_path, seconds, support):
+    support("Four runs and a prune, one root, keep_last=1", f"{seconds} s", "newest versions lost")
+    context = multiprocessing.get_context("fork")
+    counts = context.Array("i", 4)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "link").symlink_to("root")
+    roots = [tmp_path / "root", tmp_path / "link", tmp_path / "root/../link", tmp_path / "root"]
+    processes = [
+        context.Process(target=_merge_for, args=(root, seconds, counts, i))
+        for i, root in enumerate(roots)
+    ]
+    processes.append(context.Process(target=_prune_for, args=(roots[0], seconds)))
+    [process.start() for process in processes]
+    [process.join() for process in processes]
+    assert [process.exitcode for process in processes] == [0] * 5
+    store = MergeStore(roots[0])
+    left = {(v.path / "deep" / "file").read_text() for v in store.versions()}
+    assert left == {f"{i} {count - 1}" for i, count in enumerate(counts)} and sum(counts) > 8
+    assert len(list(roots[0].iterdir())) == 4
     support.found(f"0 of {sum(counts)}")

@@ -10,20 +10,7 @@ from safetensors.torch import load_file
 
 from merge_callback.codecs import TensorSpec
 from merge_callback.files import hash_file
-from merge_callback.shards import CheckpointWriter
-
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-]
+from merge_callback.shards import DTYPE_NAMES, CheckpointWriter
 
 
 def spec(tensor):
@@ -40,7 +27,7 @@ def write(directory, groups, size="5GB"):
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path):
-    tensors = {str(d): torch.randint(0, 2, (3, 5)).to(d) for d in DTYPES}
+    tensors = {str(d): torch.randint(0, 2, (3, 5)).to(d) for d in DTYPE_NAMES}
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4)}
     tensors["strided"] = torch.randn(4, 6).t()
     records = write(tmp_path, [tensors])

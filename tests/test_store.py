@@ -1,21 +1,35 @@
 """Versions: nothing that exists is written to, a version is whole or not there."""
 
+import contextlib
+import errno
 import json
 import logging
 import multiprocessing
 import os
+import shutil
+import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from merge_callback import CorruptVersion, MergeError, MergeRefused, MergeStore
-from merge_callback.store import MANIFEST, push_marker
+from merge_callback.locks import lock
+from merge_callback.store import push_marker
+from merge_callback.versions import MANIFEST
 
 
-def manifest(step=1, kind="merged", best_step=None, created=None):
+def manifest(step=1, kind="merged", best_step=None, created=None, run=None):
     created = created or time.strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.monotonic_ns():020d}"
-    return {"kind": kind, "created": created, "step": step, "best_step": best_step}
+    return {"kind": kind, "run": run, "created": created, "step": step, "best_step": best_step}
+
+
+def rewrite(version, **changes):
+    """Change what stands in a manifest; None: take it away."""
+    found = {**version.manifest, **changes}
+    found = {key: found[key] for key in found if changes.get(key, "") is not None}
+    (version.path / MANIFEST).write_text(json.dumps(found))
 
 
 def publish(store, name="step-00000001", content="weights", **settings):
@@ -57,8 +71,6 @@ def test_whatever_stands_at_the_target_is_left_alone(tmp_path):
 
 
 def test_a_target_that_somebody_fills_while_it_is_claimed_is_theirs(tmp_path, monkeypatch):
-    from pathlib import Path
-
     rename = Path.rename
 
     def fill(self, target):
@@ -72,8 +84,6 @@ def test_a_target_that_somebody_fills_while_it_is_claimed_is_theirs(tmp_path, mo
 
 
 def test_a_rename_that_fails_leaves_no_claim(tmp_path, monkeypatch):
-    from pathlib import Path
-
     def refuse(self, target):
         raise OSError(5, "Input/output error")
 
@@ -172,6 +182,10 @@ def test_processes_that_race_get_a_version_each(tmp_path):
     versions = store.versions()
     assert len(versions) == 40
     assert len({(v.path / "deep" / "file").read_text() for v in versions}) == 40
+    assert [version.sequence for version in versions] == list(range(1, 41))
+    made = [(v.path / "deep" / "file").read_text().split() for v in versions]
+    for process in {process for process, _ in made}:  # in the order in which each made its own
+        assert [int(i) for whose, i in made if whose == process] == list(range(10))
     [store.verify(version) for version in versions]
     assert len(listing(tmp_path)) == 40
 
@@ -295,8 +309,6 @@ def test_check_names_a_root_that_cannot_be_used(tmp_path):
 
 
 def test_a_root_without_permission_is_named(tmp_path, monkeypatch):
-    from pathlib import Path
-
     def refuse(self, *args, **settings):
         raise PermissionError(13, "Permission denied")  # root may write anywhere, so ask nobody
 
@@ -305,7 +317,9 @@ def test_a_root_without_permission_is_named(tmp_path, monkeypatch):
         MergeStore(tmp_path / "x").check(0)
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "x" * 200, "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "a/b", "..", "a b", "x" * 152, "é" * 121, "模" * 81, "a\n"]
+)
 def test_names_that_are_no_directory_names_are_refused(tmp_path, name):
     with pytest.raises(MergeError, match="cannot name a version"), MergeStore(tmp_path).draft(name):
         pass
@@ -331,3 +345,264 @@ def test_no_draft_is_left_when_descriptors_run_out(tmp_path, monkeypatch):
         pass
     monkeypatch.undo()
     assert listing(tmp_path) == []
+
+
+# Which is the newest
+
+
+def test_what_was_published_last_is_the_newest_whatever_the_clock_says(tmp_path):
+    store = MergeStore(tmp_path)
+    made = [publish(store, created=f"{year}-01-01T00:00:00") for year in (2027, 2026, 2025)]
+    assert [version.sequence for version in made] == [1, 2, 3]
+    assert store.versions() == made and store.latest() == made[-1]
+    names = [version.name for version in made]
+    assert store.prune(1, names=names, keep_steps=frozenset()) == names[:-1]
+    assert store.versions() == made[-1:]
+    assert publish(store, created="2024-01-01T00:00:00").sequence == 4
+
+
+def test_versions_of_0_1_come_before_those_that_have_a_sequence_by_their_time(tmp_path):
+    store = MergeStore(tmp_path)
+    late, early, one, other = [publish(store, f"v{i}") for i in range(4)]
+    rewrite(late, sequence=None, run=None, created="2027")
+    rewrite(early, sequence=None, run=None, created="2026")
+    rewrite(one, created="2025")
+    assert [v.name for v in store.versions()] == [v.name for v in (early, late, one, other)]
+    assert [v.sequence for v in store.versions()] == [0, 0, 3, 4]
+    assert {v.run for v in store.versions()} == {None}
+    assert publish(store, "v4").sequence == 5
+
+
+def test_of_one_sequence_the_time_and_then_the_number_decide(tmp_path):
+    store = MergeStore(tmp_path)
+    late, early, same = [publish(store, created=t) for t in ("2027", "2026", "2027")]
+    for version in (late, early, same):
+        rewrite(version, sequence=7)
+    assert [v.name for v in store.versions()] == [early.name, late.name, same.name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sequence": s} for s in (-1, 1.5, "1", [1], 2**53 + 1)]
+    + [{"run": run} for run in (1, ["a"], True)]
+    + [{"created": created} for created in (2026, ["2026"], 1.5)],
+    ids=str,
+)
+def test_an_order_or_a_run_of_another_kind_makes_no_version(tmp_path, changes):
+    store = MergeStore(tmp_path)
+    rewrite(publish(store, "odd"), **changes)
+    assert store.versions() == []
+    assert publish(store, "m").sequence == 1
+
+
+def test_no_manifest_can_use_up_the_order(tmp_path):
+    store = MergeStore(tmp_path)
+    rewrite(publish(store, "odd", created="2025"), sequence=2**53)
+    last = publish(store, "m", created="2026")
+    assert last.sequence == 2**53 and store.latest() == last
+
+
+def test_a_root_whose_lock_is_not_given_back_still_takes_versions(tmp_path, monkeypatch):
+    import merge_callback.store as module
+
+    store = MergeStore(tmp_path)
+    publish(store)
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    with contextlib.ExitStack() as held:
+        assert lock(tmp_path, held=held) is not None
+        assert publish(store).sequence == 2
+
+
+# Pruned by what they are
+
+
+def test_a_version_whose_name_is_used_again_is_not_pruned(tmp_path):
+    store = MergeStore(tmp_path)
+    first, last = publish(store, "step-1"), publish(store, "step-2")
+    ours = {version.name: version.identity for version in (first, last)}
+    shutil.rmtree(first.path)
+    again = publish(store, "step-1", run="another")
+    assert store.prune(1, names=ours, keep_steps=frozenset()) == []
+    third = publish(store, "step-3")
+    ours |= {third.name: third.identity}
+    assert store.prune(1, names=ours, keep_steps=frozenset()) == ["step-2"]
+    assert [v.name for v in store.versions()] == [again.name, third.name]
+
+
+@contextlib.contextmanager
+def before_removal(monkeypatch, act):
+    """Another process acts between the choice of a version and its removal."""
+    remove = MergeStore._remove
+
+    def late(self, version):
+        act(version)
+        return remove(self, version)
+
+    with monkeypatch.context() as patch, contextlib.ExitStack() as held:
+        patch.setattr(MergeStore, "_remove", late)
+        yield held
+
+
+def test_a_version_whose_push_begins_meanwhile_is_not_pruned(tmp_path, monkeypatch):
+    store = MergeStore(tmp_path)
+    first, last = publish(store, "step-1"), publish(store, "step-2")
+    names = [first.name, last.name]
+    acts = [
+        lambda version: push_marker(version.path).write_text("{}"),
+        lambda version: lock(version.path, held=held),
+    ]
+    for act in acts:
+        with before_removal(monkeypatch, act) as held:
+            assert store.prune(1, names=names, keep_steps=frozenset()) == []
+        push_marker(first.path).unlink(missing_ok=True)
+        assert store.versions() == [first, last]
+    assert store.prune(1, names=names, keep_steps=frozenset()) == ["step-1"]
+
+
+def test_a_version_that_is_marked_while_it_is_taken_away_comes_back(tmp_path, monkeypatch):
+    store = MergeStore(tmp_path)
+    first, last = publish(store, "step-1"), publish(store, "step-2")
+    rename = Path.rename
+
+    def mark(self, target):
+        monkeypatch.setattr(Path, "rename", rename)
+        push_marker(first.path).write_text("{}")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", mark)
+    assert store.prune(1, names=[first.name, last.name], keep_steps=frozenset()) == []
+    assert store.versions() == [first, last] and store.pending() == [first]
+    store.verify(first)
+    assert listing(tmp_path) == [".step-1.push", "step-1", "step-2"]
+
+
+def test_a_version_that_is_replaced_meanwhile_is_not_pruned(tmp_path, monkeypatch):
+    store = MergeStore(tmp_path)
+    first, last = publish(store, "step-1"), publish(store, "step-2")
+
+    def replace(version):
+        shutil.rmtree(version.path)
+        publish(store, "step-1", run="another")
+
+    with before_removal(monkeypatch, replace):
+        assert store.prune(1, names=[first.name, last.name], keep_steps=frozenset()) == []
+    assert [v.name for v in store.versions()] == ["step-2", "step-1"]
+
+
+# What the check accepts can be published
+
+
+@pytest.mark.parametrize("name", ["a" * 151, "é" * 120, "模" * 80], ids=["ascii", "é", "模"])
+def test_the_longest_names_leave_room_for_all_that_is_derived(tmp_path, monkeypatch, name):
+    from merge_callback.hub import Target
+    from merge_callback.uploads import _mark  # not above: processes that race import this module
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    store = MergeStore(tmp_path)
+    for number in range(2, 999):
+        (tmp_path / f"{name}-v{number}").symlink_to("nowhere")
+    first, last = publish(store, name), publish(store, name)
+    assert (first.name, last.name) == (name, f"{name}-v999")
+    _mark(last, Target("me/model", None, "main"))
+    assert store.pending() == [last]
+    assert store.prune(1, names=[first.name, last.name], keep_steps=frozenset()) == [name]
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith("draft")] == []
+
+
+@pytest.mark.parametrize("host", ["x" * 200, "é" * 64, "a.b c"])
+def test_a_draft_of_any_host_is_known_again(tmp_path, monkeypatch, host):
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    store = MergeStore(tmp_path)
+    with store.draft("m") as draft:
+        name = draft.path.name
+    (tmp_path / name).mkdir()
+    publish(store, "m")
+    assert listing(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_that_refuses_chmod_takes_versions_and_it_is_said_once(
+    tmp_path, monkeypatch, caplog, code
+):
+    import merge_callback.store as module
+
+    def refuse(self, mode):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(module, "_TOLD", set())
+    monkeypatch.setattr(Path, "chmod", refuse)
+    store = MergeStore(tmp_path)
+    store.check(1)
+    for _ in range(2):
+        store.verify(publish(store))
+    assert len(caplog.records) == 1
+    assert f"refuses chmod ([Errno {code}]" in caplog.records[0].getMessage()
+
+
+def test_a_disk_that_fails_at_chmod_publishes_nothing(tmp_path, monkeypatch):
+    def fail(self, mode):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "chmod", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        publish(MergeStore(tmp_path))
+    assert listing(tmp_path) == []
+
+
+# Drafts of those that cannot be asked
+
+
+def left_draft(root, host):
+    path = root / f".step-1.{host}.{'0' * 32}.draft"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"0" * 20_000_000)
+    return path
+
+
+def test_a_draft_of_another_host_is_said_once_and_where_the_disk_is_full(
+    tmp_path, monkeypatch, caplog
+):
+    import merge_callback.store as module
+
+    monkeypatch.setattr(module, "_TOLD", set())
+    path = left_draft(tmp_path, "pod-1")
+    three = time.time() - 3 * 3600
+    os.utime(path / "model.safetensors", (three, three))
+    os.utime(path, (three, three))
+    store = MergeStore(tmp_path)
+    publish(store)
+    store.check(1)
+    told = (
+        f"{path} (0.02 GB, last written 3.0 hours ago) is a draft of host pod-1; if no process "
+        "there is merging, remove it"
+    )
+    assert [record.getMessage() for record in caplog.records] == [told]
+    with pytest.raises(MergeRefused) as caught:
+        store.check(1 << 60)
+    assert caught.value.problems[0].endswith(f"choose another output_dir; {told}")
+    assert path.is_dir()
+
+
+def test_a_draft_of_another_host_that_holds_its_lock_is_not_said(tmp_path, monkeypatch, caplog):
+    import merge_callback.store as module
+
+    monkeypatch.setattr(module, "_TOLD", set())
+    with contextlib.ExitStack() as held:  # of a container on this machine
+        lock(left_draft(tmp_path, "pod-1"), held=held)
+        publish(MergeStore(tmp_path))
+    assert caplog.records == []
+
+
+def test_where_no_locks_tell_a_draft_of_this_host_is_said_and_left(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    import merge_callback.store as module
+
+    def refuse(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(module, "_TOLD", set())
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = left_draft(tmp_path, module._host())
+    publish(MergeStore(tmp_path))
+    assert path.is_dir() and [str(path) in r.getMessage() for r in caplog.records] == [True]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.utils import logging as transformers_logging
 
+from merge_callback.codecs.bnb4 import Bnb4Weight
+from merge_callback.codecs.bnb8 import Bnb8Weight
+from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
-from merge_callback.live import keep_cpu_weights_unpacked
-from merge_callback.stand_ins import standing_in
+from merge_callback.live import keep_cpu_weights_unpacked, read_weights
+from merge_callback.plan import Plan
+from merge_callback.stand_ins import generators_kept, standing_in
 from merge_callback.undo import Undone, put
 
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # transformers lets them be
 _SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
 
 
@@ -65,6 +71,33 @@ def rebuild(
     keep_cpu_weights_unpacked(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def loading_problems(plan: Plan) -> Iterator[str]:
+    """Tensors of a live model that its class does not make, so that nobody would load them again.
+
+    An empty model is made to see; where that fails, or the base is another quantiser's, nothing is
+    said before there are files.
+    """
+    model, stored = plan.model, [weight.stored for weight in plan.weights.values()]
+    ours = any(isinstance(found, Bnb4Weight | Bnb8Weight) for found in stored)
+    if getattr(model.config, "quantization_config", None) is not None and not ours:
+        return
+    try:
+        with generators_kept(), torch.device("meta"), _in_this_process():
+            empty: PreTrainedModel = class_of(model)(copy.deepcopy(model.config))
+        made = read_weights(empty).keys()
+    except Exception:
+        return
+    known = {*(empty._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS}
+    lost = [key for key in plan.weights if key not in made]
+    lost = [key for key in lost if not any(re.search(pattern, key) for pattern in known)]
+    if lost:
+        others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+        yield (
+            f"{lost[0]}{others}: {class_of(model).__name__} makes no such tensor, so it would not "
+            "load again; take it off the model, or register the buffer with persistent=False"
+        )
 
 
 @contextlib.contextmanager
