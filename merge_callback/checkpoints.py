@@ -144,7 +144,7 @@ def load_adapter(
         refuse_hostile(_directory_of(name), trust_remote_code=trust_remote_code)
         model = cls.from_pretrained(name, **settings)
     except Exception as error:  # each library has its own
-        raise MergeRefused([f"the base {name} does not load: {error}"]) from error
+        raise MergeRefused([f"the base {name} does not load: {_told(error)}"]) from error
     names = [module for module, _ in model.named_modules()]
     if slow := slow_pattern(_patterns(config), names):
         raise MergeRefused(
@@ -158,6 +158,15 @@ def load_adapter(
         return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
     except Exception as error:
         raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
+
+
+def _is_about_code(error: Exception | None) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _told(error: Exception | None) -> str:
+    hint = "; read that code, then pass --trust-remote-code" if _is_about_code(error) else ""
+    return f"{error}{hint}"
 
 
 def _directory_of(name: str) -> Path:
@@ -194,10 +203,12 @@ def load_processor(*places: str | os.PathLike[str] | None, trust_remote_code: bo
                 return found
             except Exception as error:  # of whatever lies there
                 told = error
+                if _is_about_code(error):  # a tokenizer in place of the processor would be less
+                    break
         if any((Path(place) / file).exists() for file in _OF_PROCESSORS):
             raise MergeRefused(
                 [
-                    f"the tokenizer in {place} does not load: {told}; mend it, or remove it to "
+                    f"the tokenizer in {place} does not load: {_told(told)}; mend it, or remove it to "
                     "have the base's"
                 ]
             ) from told
