@@ -78,7 +78,7 @@ def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
 
 def _check_adapter(place: Path) -> None:
     if pipes := pipes_in(place):
-        raise ValueError(f"{', '.join(pipes)} beside it is no file")
+        raise ValueError(f"{', '.join(pipes)} in it is no file")
     found = read_json(place / _ADAPTER)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
