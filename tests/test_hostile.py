@@ -418,8 +418,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202e\u2066\r\b"
 UNSEEN = set(ESCAPES) - set("]0;owned[2J31m") | {"\t", "\u2028", "\u200f"}
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+def on_a_terminal(monkeypatch):
     """As if all went to one."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("TERM", "xterm")
@@ -444,12 +443,10 @@ def spoiled(root, text):
 
 @pytest.mark.parametrize("shown", ["list", "show"])
 @pytest.mark.parametrize("form", ["terminal", "pipe", "json"])
-def test_no_control_character_of_others_is_shown(
-    tmp_path, capsys, monkeypatch, request, shown, form
-):
+def test_no_control_character_of_others_is_shown(tmp_path, capsys, monkeypatch, shown, form):
     version = spoiled(tmp_path, ESCAPES + "\t\n\u2028")
     if form == "terminal":
-        request.getfixturevalue("terminal")
+        on_a_terminal(monkeypatch)
     place = {"list": tmp_path, "show": version.path}[shown]
     assert main([shown, str(place), *(["--json"] if form == "json" else [])]) == 0
     told = capsys.readouterr().out
@@ -463,7 +460,8 @@ def test_no_control_character_of_others_is_shown(
         json.loads(told)
 
 
-def test_a_cell_is_no_markup(tmp_path, capsys, terminal):
+def test_a_cell_is_no_markup(tmp_path, capsys, monkeypatch):
+    on_a_terminal(monkeypatch)
     for name in ("runs/[v1]/merged", "out[/tmp]", "[bold]x", "[link=http://a]b[/link]"):
         spoiled(tmp_path / "a", name)
         assert main(["list", str(tmp_path / "a")]) == 0
@@ -471,7 +469,8 @@ def test_a_cell_is_no_markup(tmp_path, capsys, terminal):
         shutil.rmtree(tmp_path / "a")
 
 
-def test_a_directory_may_be_called_like_markup(adapter, tmp_path, capsys, terminal):
+def test_a_directory_may_be_called_like_markup(adapter, tmp_path, capsys, monkeypatch):
+    on_a_terminal(monkeypatch)
     out = tmp_path / "[v1]" / "out[" / "tmp]"
     assert main([*command_on(adapter, "merge")[:-1], str(out), "--no-verify"]) == 0
     assert f"{out}/merged" in capsys.readouterr().out.replace("\n", "")
