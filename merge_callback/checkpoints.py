@@ -208,8 +208,8 @@ def load_processor(*places: str | os.PathLike[str] | None, trust_remote_code: bo
         if any((Path(place) / file).exists() for file in _OF_PROCESSORS):
             raise MergeRefused(
                 [
-                    f"the tokenizer in {place} does not load: {_told(told)}; mend it, or remove it to "
-                    "have the base's"
+                    f"the tokenizer in {place} does not load: {_told(told)}; mend it, or remove it "
+                    "to have the base's"
                 ]
             ) from told
     return None

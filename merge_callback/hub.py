@@ -74,7 +74,7 @@ _CURES = {
     429: "that is the Hub's rate limit: wait some minutes",
 }
 _LATER = "the Hub could not be reached or was busy: check the network, or try later"
-_ODD = "the Hub's answer cannot be used: update huggingface_hub, or report it"
+_ODD = "the Hub's answer cannot be used: try later; if that does not help, update huggingface_hub"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ class Hub:
         self.sent = 0  # bytes
         self._delays = DELAYS if delays is None else delays
 
+    def go_on(self) -> None:
+        """Raise PushStopped if nobody waits any more."""
+        if self.stopped.is_set():
+            raise PushStopped("the push was stopped")
+
     def patiently(self, step: Callable[P, R], /, *args: P.args, **settings: P.kwargs) -> R:
         """Take a step that looks before it acts; take it again while the Hub is busy."""
         return self.send(0, step, *args, **settings)
@@ -117,8 +122,7 @@ class Hub:
     def send(self, nbytes: int, step: Callable[P, R], /, *args: P.args, **settings: P.kwargs) -> R:
         """The same for a step that sends `nbytes`; those the client repeats for minutes itself."""
         for delay in (*(self._delays[:2] if nbytes else self._delays), None):
-            if self.stopped.is_set():
-                raise PushStopped("the push was stopped")
+            self.go_on()
             self.deadline = time.monotonic() + SILENCE + nbytes / SLOWEST
             try:
                 done = step(*args, **settings)

@@ -276,6 +276,7 @@ class _Remote:
         return str(done.oid)
 
     def _commit(self, branch: str, head: str, changes: list[Any], message: str) -> CommitInfo:
+        self._hub.go_on()  # a call before, of the same step, may have come back too late
         return self._api.create_commit(
             self._repo_id,
             changes,

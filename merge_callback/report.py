@@ -101,8 +101,8 @@ def _tensor_table(tensors: Mapping[str, Mapping[str, float | None]]) -> str:
     trained = {key: found for key, found in tensors.items() if found["retention"] is not None}
     ordered = sorted(trained, key=lambda key: trained[key]["retention"] or 0.0)
     rows = [
-        f"| {inline(key)} | {_number(trained[key]['retention'], 3)} | {_number(trained[key]['error'], 4)} |"
-        for key in ordered[:_SHOWN]
+        f"| {inline(key)} | {_number(found['retention'], 3)} | {_number(found['error'], 4)} |"
+        for key, found in ((key, trained[key]) for key in ordered[:_SHOWN])
     ]
     if not rows:
         return "The adapter changes no weight."
