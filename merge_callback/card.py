@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -19,9 +20,11 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.hub import cached_file
 
 from merge_callback.engines import class_of
-from merge_callback.report import figures_table
+from merge_callback.foreign import plain
+from merge_callback.report import figures_table, inline
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_LARGEST_HEADER = 1 << 16  # bytes
 _PLACEHOLDER = "path/to/this/directory"
 _PATH = re.compile(rf'path = "{_PLACEHOLDER}(/(?P<inside>\w+))?"\n')
 
@@ -45,31 +48,35 @@ def write_card(
         processor: class of the tokenizer or processor beside it.
         datasets: ids on the Hub.
         template: a Jinja file of the user's. It is given `card_data`, and by name `title`,
-            `base_model`, `methods`, `manifest`, `figures` and `snippet`, the last two Markdown.
+            `base_model`, `methods`, `manifest`, `adapters`, `figures` and `snippet`; all but
+            `manifest` are Markdown, in which names are escaped.
     """
     path = directory / "README.md"
     if path.exists():
         return
     base = manifest["base"]
     source = base["id"]
-    known = base["revision"] is not None or _on_the_hub(source)
+    known = bool(source) and (base["revision"] is not None or _on_the_hub(source))
+    known = known and _names_a_repository(source)
+    shown = inline(source) if source else None
     data = ModelCardData(
         base_model=source if known else None,
         base_model_relation="finetune" if known else None,
         library_name="transformers",
-        datasets=list(datasets) or None,
+        datasets=[dataset for dataset in datasets if _is_an_id(dataset)] or None,
         tags=["merge_callback", "lora", *(["bitsandbytes"] if "merged_4bit" in methods else [])],
         **_licence(model),  # type: ignore[arg-type]
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template or TEMPLATE),
-        title=f"{source or class_of(model).__name__}, fine-tuned",
-        base_model=source,
+        title=f"{shown or class_of(model).__name__}, fine-tuned",
+        base_model=shown,
         methods=methods,
         manifest=manifest,
         figures=figures_table(manifest),
         snippet=snippet(model, processor, _folder(methods)),
+        adapters=inline(", ".join(manifest["adapters"])),
     )
     path.write_text(str(card))
 
@@ -139,11 +146,15 @@ def _on_the_hub(source: str | None) -> bool:
 
 
 def _names_a_repository(name: str) -> bool:
+    return _is_an_id(name) and not os.path.exists(name)
+
+
+def _is_an_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not os.path.exists(name)
+    return True
 
 
 def _licence(model: PreTrainedModel) -> dict[str, str]:
@@ -160,8 +171,21 @@ def _licence(model: PreTrainedModel) -> dict[str, str]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        data = ModelCard.load(found).data if found else {}
-    except (OSError, ValueError):  # it is gone, or its header is no YAML: not ours to mend
+        data = _header(Path(found)) if found else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # not ours to mend
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: value for key in keys if (value := data.get(key)) is not None}
+    values = {key: data.get(key) for key in keys}
+    return {key: v for key, v in values.items() if isinstance(v, str) and v == plain(v)}
+
+
+def _header(card: Path) -> dict[Any, Any]:
+    """The YAML of a card, of which no more is read than a header has."""
+    if not card.is_file():
+        return {}
+    with card.open("rb") as file:
+        text = file.read(_LARGEST_HEADER).decode("utf-8", "replace").lstrip()
+    if not text.startswith("---\n"):
+        return {}
+    found = yaml.safe_load(text[4:].partition("\n---")[0])
+    return found if isinstance(found, dict) else {}

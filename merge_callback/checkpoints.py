@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils.hub import cached_file
 
 from merge_callback.batches import Batch
 from merge_callback.errors import MergeRefused
+from merge_callback.foreign import parse_json, pipes_in, read_json, slow_pattern, texts
 from merge_callback.manifest import Training
+from merge_callback.verification.rebuilt import own_class, refuse_hostile
 
 # What PEFT calls a task -> the class that transformers has for it.
 _CLASSES = {
@@ -28,7 +38,21 @@ _CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _ADAPTER = "adapter_config.json"
-_OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_OF_PROCESSORS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# What AutoProcessor may make; a file may name any attribute of transformers.
+_PROCESSORS = (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+)
+_MOST_STEPS = 10**12
 _LONGEST = 2048  # tokens of a row
 
 
@@ -41,14 +65,41 @@ def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
     place = Path(checkpoint)
     if not place.is_dir():
         raise MergeRefused([f"{place} is no directory"])
-    if (place / _ADAPTER).is_file():
+    if (place / _ADAPTER).exists():
         try:
+            _check_adapter(place)
             return PeftConfig.from_pretrained(str(place))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of any value, in any of PEFT's configs
             raise MergeRefused([f"{place / _ADAPTER} cannot be read: {error}"]) from error
     others = sorted(found.parent.name for found in place.glob(f"*/{_ADAPTER}"))
     there = f"; there is one in {', '.join(others)}" if others else ""
     raise MergeRefused([f"{place} has no {_ADAPTER}: it is no saved adapter{there}"])
+
+
+def _check_adapter(place: Path) -> None:
+    if pipes := pipes_in(place):
+        raise ValueError(f"{', '.join(pipes)} in it is no file")
+    found = read_json(place / _ADAPTER)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    if found.get("peft_type") == "XLORA":  # PEFT loads the adapters that it names
+        raise ValueError("X-LoRA is made of other adapters, and does not merge")
+
+
+def base_of(checkpoint: str | os.PathLike[str], given: str | None = None) -> str:
+    """Directory or id of the base: the one that is given, or that an adapter names.
+
+    Raises:
+        MergeRefused: no adapter there, or it names none.
+    """
+    name = given or adapter_config(checkpoint).base_model_name_or_path
+    if not name:
+        raise MergeRefused([f"{checkpoint} does not name its base; give one"])
+    if not isinstance(name, str) or not name.isprintable():
+        raise MergeRefused(
+            [f"{checkpoint} names as its base {name!r}, which cannot be one; give one"]
+        )
+    return name
 
 
 def load_adapter(
@@ -58,6 +109,7 @@ def load_adapter(
     load_in_4bit: bool = False,
     model_class: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PeftModel:
     """A saved adapter on its base, as it was trained.
 
@@ -69,20 +121,17 @@ def load_adapter(
         model_class: name of a class of transformers, e.g. AutoModelForImageTextToText; None: that
             of the adapter's task.
         device: None: a CUDA device where there is one.
+        trust_remote_code: run the Python that came with the base.
 
     Raises:
         MergeRefused: no adapter there, no such base, or no such class.
     """
     config = adapter_config(checkpoint)
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise MergeRefused([f"{checkpoint} does not name its base; give one"])
-    cls: Any = getattr(
-        transformers, model_class or _CLASSES.get(config.task_type, _CLASSES["CAUSAL_LM"]), None
-    )
-    if not hasattr(cls, "from_pretrained"):
-        raise MergeRefused([f"transformers has no class {model_class}"])
-    settings: dict[str, Any] = {"dtype": "auto"}
+    name = base_of(checkpoint, base)
+    cls = own_class(model_class or _CLASSES.get(config.task_type, _CLASSES["CAUSAL_LM"]))
+    if cls is None:
+        raise MergeRefused([f"transformers has no class {model_class} that makes models"])
+    settings: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
     settings["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -92,9 +141,18 @@ def load_adapter(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
+        refuse_hostile(_directory_of(name), trust_remote_code=trust_remote_code)
         model = cls.from_pretrained(name, **settings)
     except Exception as error:  # each library has its own
-        raise MergeRefused([f"the base {name} does not load: {error}"]) from error
+        raise MergeRefused([f"the base {name} does not load: {_told(error)}"]) from error
+    names = [module for module, _ in model.named_modules()]
+    if slow := slow_pattern(_patterns(config), names):
+        raise MergeRefused(
+            [
+                f"{checkpoint} has a pattern that is none, or takes for ever: {slow!r}; name the "
+                "modules in its adapter_config.json one by one"
+            ]
+        )
     try:
         # In the dtype that was trained: otherwise 16-bit factors would be cast to float32.
         return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
@@ -102,8 +160,34 @@ def load_adapter(
         raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
 
 
-def load_processor(*places: str | os.PathLike[str] | None) -> Any:
+def _is_about_code(error: Exception | None) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _told(error: Exception | None) -> str:
+    hint = "; read that code, then pass --trust-remote-code" if _is_about_code(error) else ""
+    return f"{error}{hint}"
+
+
+def _directory_of(name: str) -> Path:
+    """Where a model lies; that of an id in the Hub's cache."""
+    found = None if os.path.isdir(name) else cached_file(name, "config.json")
+    return Path(name) if found is None else Path(found).parent
+
+
+def _patterns(config: PeftConfig) -> list[str]:
+    """What PEFT may match against the names of modules."""
+    fields = [
+        value for key, value in vars(config).items() if re.search("module|param|pattern", key)
+    ]
+    return list(texts(fields))
+
+
+def load_processor(*places: str | os.PathLike[str] | None, trust_remote_code: bool = False) -> Any:
     """The processor, or else the tokenizer, of the first place that has one; None: none has.
+
+    Args:
+        trust_remote_code: run the Python that came with one.
 
     Raises:
         MergeRefused: a place has one that does not load.
@@ -112,26 +196,47 @@ def load_processor(*places: str | os.PathLike[str] | None) -> Any:
         told: Exception | None = None
         for cls in (AutoProcessor, AutoTokenizer):
             try:
-                return cls.from_pretrained(place)
+                if Path(place).is_dir() and (pipes := pipes_in(place)):
+                    raise ValueError(f"{', '.join(pipes)} in it is no file")
+                found = cls.from_pretrained(place, trust_remote_code=trust_remote_code)
+                _check_processor(found)
+                return found
             except Exception as error:  # of whatever lies there
                 told = error
-        if any((Path(place) / file).exists() for file in _OF_TOKENIZERS):
+                if _is_about_code(error):  # a tokenizer in place of the processor would be less
+                    break
+        if any((Path(place) / file).exists() for file in _OF_PROCESSORS):
             raise MergeRefused(
                 [
-                    f"the tokenizer in {place} does not load: {told}; mend it, or remove it to "
-                    "have the base's"
+                    f"the tokenizer in {place} does not load: {_told(told)}; mend it, or remove it "
+                    "to have the base's"
                 ]
             ) from told
     return None
 
 
+def _check_processor(found: Any) -> None:
+    if not isinstance(found, _PROCESSORS):
+        raise ValueError(f"{type(found).__name__} is no tokenizer and no processor")
+
+
 def training_of(checkpoint: str | os.PathLike[str]) -> Training:
-    """What a Trainer has noted in a checkpoint."""
-    try:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-        return Training(step=int(state["global_step"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    """What a Trainer has noted in a checkpoint; nothing if it made none.
+
+    Raises:
+        MergeRefused: what is there cannot be read.
+    """
+    path = Path(checkpoint) / "trainer_state.json"
+    if not path.exists():
         return Training()
+    try:
+        state = read_json(path)
+        step = state["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeRefused([f"{path} cannot be read: {error}; mend or remove it"]) from error
+    if type(step) is not int or not 0 <= step < _MOST_STEPS:
+        raise MergeRefused([f"{path} has a global_step that is none; mend or remove it"])
+    return Training(step=step)
 
 
 def read_batches(
@@ -161,7 +266,7 @@ def read_batches(
     read = 0
     for number, line in rows:
         try:
-            found, prompt = _tokens(json.loads(line), tokenizer)
+            found, prompt = _tokens(parse_json(line), tokenizer)
             ids = torch.tensor([found[:_LONGEST]], dtype=torch.long)
         except Exception as error:  # of a tokenizer or its template, too
             raise MergeRefused([f"{path}, line {number}: {error}"]) from error
@@ -180,7 +285,10 @@ def _tokens(row: Any, tokenizer: Any) -> tuple[list[int], int]:
     if not isinstance(row, dict):
         raise ValueError("a row is a JSON object")
     if "input_ids" in row:
-        return list(row["input_ids"]), 0
+        ids = list(row["input_ids"])
+        if any(type(number) is not int for number in ids):
+            raise ValueError("input_ids are whole numbers")
+        return ids, 0
     if tokenizer is None:
         raise ValueError("there is no tokenizer; give rows of input_ids")
     if "messages" in row:

@@ -7,7 +7,6 @@ one JSON value. What is said on the way goes to stderr.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import warnings
@@ -16,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused, VerificationError
-from merge_callback.terminal import print_json, print_markdown, print_table
+from merge_callback.foreign import parse_json
+from merge_callback.terminal import (
+    plain_logs,
+    print_json,
+    print_markdown,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from merge_callback.versions import Version
@@ -37,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     warnings.simplefilter("ignore", FutureWarning)  # for those who write code
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("merge_callback").setLevel(logging.INFO)
+    with plain_logs():
+        return _run(given)
+
+
+def _run(given: argparse.Namespace) -> int:
     try:
         code: int = given.command(given)
         return code
@@ -48,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, FAILED)
     except OSError as error:
         return _fail(error, FAILED)
+    except RecursionError:
+        return _fail("what was read nests too deep to be shown", FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
 
@@ -55,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(error: object, code: int) -> int:
     if isinstance(error, MergeRefused) and len(error.problems) == 1:
         error = error.problems[0]
-    print(f"merge-callback: {error}", file=sys.stderr)
+    say(f"merge-callback: {error}")
     return code
 
 
 def _merge(given: argparse.Namespace) -> int:
     from merge_callback.checkpoints import (
-        adapter_config,
+        base_of,
         load_adapter,
         load_processor,
         read_batches,
@@ -88,8 +100,10 @@ def _merge(given: argparse.Namespace) -> int:
     if given.data is None and (options.needs_data or limits):
         what = "a limit of what is lost" if limits else f"--rounding {given.rounding}"
         raise MergeRefused([f"{what} needs --data"])
-    base = given.base or adapter_config(given.checkpoint).base_model_name_or_path
-    processor = load_processor(given.checkpoint, base)
+    training = training_of(given.checkpoint)
+    base = base_of(given.checkpoint, given.base)
+    trust = given.trust_remote_code
+    processor = load_processor(given.checkpoint, base, trust_remote_code=trust)
     enough = options.calibration_tokens + options.verify_tokens
     rows = list(read_batches(given.data, processor, enough)) if given.data else None
     model = load_adapter(
@@ -98,11 +112,11 @@ def _merge(given: argparse.Namespace) -> int:
         load_in_4bit=given.load_in_4bit,
         model_class=given.model_class,
         device=given.device,
+        trust_remote_code=trust,
     )
     if not given.load_in_4bit and not hasattr(model.config, "quantization_config"):
         told = "the base is not quantised; if the adapter was trained on it in 4 bits, merge it"
-        print(f"{told} with --load-in-4bit", file=sys.stderr)
-    training = training_of(given.checkpoint)
+        say(f"{told} with --load-in-4bit")
     store = MergeStore(given.output_dir)
     plan = check_merge(model, store, options)
     name = given.name or ("merged" if training.step is None else f"step-{training.step:08}")
@@ -125,7 +139,7 @@ def _list(given: argparse.Namespace) -> int:
     versions = _store(given.root).versions()
     if not versions:
         there = _found_below(given.root, "*/*/merge_manifest.json")
-        print(f"no versions in {given.root}{there}", file=sys.stderr)
+        say(f"no versions in {given.root}{there}")
     for version in versions:
         manifest = version.manifest
         found = _first_model(manifest)
@@ -159,9 +173,9 @@ def _show(given: argparse.Namespace) -> int:
     # A rescued adapter has no report, and one may have failed.
     if given.json:
         has_one = "merge_report.json" in files
-        print_json(json.loads(version.read("merge_report.json")) if has_one else manifest)
+        print_json(_report_of(version) if has_one else manifest)
     elif "merge_report.md" in files:
-        print_markdown(version.read("merge_report.md"))
+        print_markdown(_text_of(version, "merge_report.md"))
     else:
         print_table([{key: manifest[key] for key in ("kind", "created", "step")}])
     return OK
@@ -181,7 +195,11 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.planning import make_plan
 
         model = load_adapter(
-            given.against, given.base, model_class=given.model_class, device=given.device
+            given.against,
+            given.base,
+            model_class=given.model_class,
+            device=given.device,
+            trust_remote_code=given.trust_remote_code,
         )
         found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))
         if found != version.manifest.get("adapter_sha256"):
@@ -203,8 +221,10 @@ def _compare(given: argparse.Namespace) -> int:
             raise MergeRefused(
                 [f"{directory} has no config.json: it is no directory of a model{there}"]
             )
-    batches = list(read_batches(given.data, load_processor(given.a, given.b)))
-    found = asdict(compare(given.a, given.b, batches))
+    trust = given.trust_remote_code
+    processor = load_processor(given.a, given.b, trust_remote_code=trust)
+    batches = list(read_batches(given.data, processor))
+    found = asdict(compare(given.a, given.b, batches, trust))
     if given.json:
         print_json(found)
     else:
@@ -247,7 +267,7 @@ def _prune(given: argparse.Namespace) -> int:
         rows += [{"version": name, "removed": given.yes, "run": run} for name in found]
     print_json(rows) if given.json else print_table(rows)
     if rows and not given.yes:
-        print("nothing was removed; --yes removes them", file=sys.stderr)
+        say("nothing was removed; --yes removes them")
     return OK
 
 
@@ -257,6 +277,22 @@ def _doctor(given: argparse.Namespace) -> int:
     rows = list(examine())
     print_json(rows) if given.json else print_table(rows)
     return OK
+
+
+def _report_of(version: Any) -> Any:
+    try:
+        return parse_json(_text_of(version, "merge_report.json"))
+    except ValueError as error:
+        raise CorruptVersion(f"{version.path / 'merge_report.json'} is no JSON: {error}") from error
+
+
+def _text_of(version: Any, name: str) -> str:
+    """A file of a version, whose manifest may be that of anybody."""
+    try:
+        text: str = version.read(name)
+        return text
+    except ValueError as error:
+        raise CorruptVersion(f"{version.path / name} is no text: {error}") from error
 
 
 def _store(root: str | Path) -> Any:
@@ -334,6 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     compared.add_argument("b", help="directory of another")
     compared.add_argument("--data", metavar="FILE.jsonl", required=True, help=_DATA)
     compared.add_argument("--max-kl", type=float, metavar="NATS", help="exit with 3 above it")
+    _add_trust(compared)
 
     push = command("push", _push, "push a version to the Hub, or finish a push that was cut off")
     push.add_argument("version", help="directory of a version")
@@ -358,6 +395,13 @@ def _add_loading(command: Any) -> None:
     command.add_argument("--base", help="directory or id [the one that the adapter names]")
     command.add_argument("--model-class", metavar="NAME", help="of transformers [that of the task]")
     command.add_argument("--device", help="[cuda where there is one]")
+    _add_trust(command)
+
+
+def _add_trust(command: Any) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python that came with a model"
+    )
 
 
 def _at_least_1(text: str) -> int:

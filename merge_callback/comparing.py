@@ -25,6 +25,7 @@ def compare(
     live: nn.Module | str | os.PathLike[str],
     directory: str | os.PathLike[str],
     batches: Iterable[Batch],
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Compare what a directory says with what a model, or another directory, says.
 
@@ -34,6 +35,7 @@ def compare(
         directory: one that `from_pretrained` loads, as those that a merge writes. It is loaded on
             the CPU, and computes where `live` does.
         batches: dicts of tensors as the models' forward takes them; labels of -100 do not count.
+        trust_remote_code: run the Python that lies in a directory.
 
     Raises:
         CorruptVersion: a directory does not load whole.
@@ -49,9 +51,9 @@ def compare(
             model = unwrapped.get_base_model()
             base = Speaker(model, input_device(model), partial(without_adapters, unwrapped))
     else:
-        model = rebuild(live)
+        model = rebuild(live, trust_remote_code=trust_remote_code)
     device = input_device(model)
-    other = rebuild(directory, type(model))
+    other = rebuild(directory, type(model), trust_remote_code=trust_remote_code)
     with (
         torch.no_grad(),
         generators_kept(),

@@ -1,20 +1,27 @@
 """The Hub: calls that are repeated while it is busy, and a look at it before training.
 
-Knows no versions. Tokens go into requests and nowhere else.
+Knows no versions. Tokens go into requests and nowhere else: what is told is `redacted`, and what
+the client raises, which holds the request with its header, is no cause of what is raised here.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import quote, quote_plus
 
-from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,7 +30,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from merge_callback.errors import CorruptVersion, MergeRefused, PushRefused, PushStopped
+from merge_callback.errors import (
+    CorruptVersion,
+    MergeRefused,
+    PushRefused,
+    PushStopped,
+)
+from merge_callback.foreign import plain
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +59,10 @@ _PERMANENT = (
     OfflineModeIsEnabled,
     PushStopped,
 )
-_SECRET = re.compile(r"hf_\w+|(?<=Bearer )\S+|(?<=HF_TOKEN=)\S+")
+_SECRET = re.compile(r"hf_[\w.~+/=-]*\w|(?i:(?<=Bearer )|(?<=Basic )|(?<=HF_TOKEN=))[^\s'\"]+")
+_SHORTEST_TOKEN = 4  # characters; of a shorter one nothing would be left of a text
+_MOST_TOLD = 500  # characters of what the Hub says
+_used: set[str] = set()  # tokens that were given to a client of ours
 _TOKENS = "https://huggingface.co/settings/tokens"
 _CURES = {
     401: f"the token is missing, wrong or expired: make one at {_TOKENS} and log in with "
@@ -58,6 +74,7 @@ _CURES = {
     429: "that is the Hub's rate limit: wait some minutes",
 }
 _LATER = "the Hub could not be reached or was busy: check the network, or try later"
+_ODD = "the Hub's answer cannot be used: try later; if that does not help, update huggingface_hub"
 
 
 @dataclass(frozen=True)
@@ -85,11 +102,18 @@ class Hub:
 
     def __init__(self, token: str | None = None, delays: Sequence[float] | None = None):
         # A line break from a file would be refused in a header, by an error that shows the token.
-        self.api = HfApi(token=token and token.strip(), library_name="merge_callback")
+        token = token and token.strip()
+        self.api = HfApi(token=token, library_name="merge_callback")
+        _used.update([token] if token else [])
         self.stopped = threading.Event()
         self.deadline = float("inf")  # monotonic seconds; when the call under way is overdue
         self.sent = 0  # bytes
         self._delays = DELAYS if delays is None else delays
+
+    def go_on(self) -> None:
+        """Raise PushStopped if nobody waits any more."""
+        if self.stopped.is_set():
+            raise PushStopped("the push was stopped")
 
     def patiently(self, step: Callable[P, R], /, *args: P.args, **settings: P.kwargs) -> R:
         """Take a step that looks before it acts; take it again while the Hub is busy."""
@@ -98,8 +122,7 @@ class Hub:
     def send(self, nbytes: int, step: Callable[P, R], /, *args: P.args, **settings: P.kwargs) -> R:
         """The same for a step that sends `nbytes`; those the client repeats for minutes itself."""
         for delay in (*(self._delays[:2] if nbytes else self._delays), None):
-            if self.stopped.is_set():
-                raise PushStopped("the push was stopped")
+            self.go_on()
             self.deadline = time.monotonic() + SILENCE + nbytes / SLOWEST
             try:
                 done = step(*args, **settings)
@@ -128,7 +151,29 @@ def explain(error: BaseException) -> str:
     if isinstance(error, _PERMANENT):
         return _told(error)
     cure = _CURES.get(status) if status is not None else None
-    return f"{_told(error)}; {cure or _LATER}"
+    odd = isinstance(error, ValueError | TypeError | LookupError | AttributeError | RecursionError)
+    return f"{_told(error)}; {cure or (_ODD if odd and status is None else _LATER)}"
+
+
+def redacted(text: str) -> str:
+    """A text without tokens: those in use, whatever they look like, and what looks like one."""
+    for form in sorted(_forms(), key=len, reverse=True):
+        text = text.replace(form, "***")
+    return _SECRET.sub("***", text)
+
+
+def _forms() -> Iterator[str]:
+    """The tokens that may be in use here, as they may stand in a text."""
+    known = {os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"), *_used}
+    with suppress(OSError, ValueError):  # get_token may ask a server
+        known.add(Path(constants.HF_TOKEN_PATH).read_text("utf-8"))
+    for token in {part for text in known if text for part in (text.strip(), *text.split())}:
+        if len(token) < _SHORTEST_TOKEN:
+            continue
+        quoted = quote(token, safe="")
+        yield from (token, quoted, quoted.lower(), quote(token), quote_plus(token))
+        yield from (repr(token)[1:-1], json.dumps(token)[1:-1])
+        yield base64.b64encode(token.encode("utf-8", "surrogatepass")).decode().rstrip("=")
 
 
 def preflight(hub: Hub, repo_id: str, private: bool | None, taken: str | None = None) -> str:
@@ -152,12 +197,11 @@ def preflight(hub: Hub, repo_id: str, private: bool | None, taken: str | None = 
         raise PushRefused(problems)
     try:
         return _within(PREFLIGHT, _writable, hub, repo_id, private, taken)
-    except PushRefused:
-        raise
+    except PushRefused as error:
+        refused = error.problems
     except Exception as error:
-        raise PushRefused(
-            [f"{repo_id}: {explain(error)}; hub_preflight=False starts without this check"]
-        ) from error
+        refused = (f"{repo_id}: {explain(error)}; hub_preflight=False starts without this check",)
+    raise PushRefused(list(map(redacted, refused)))  # not in the handler: the cause has the token
 
 
 def full_name(hub: Hub, repo_id: str) -> str:
@@ -213,10 +257,10 @@ def _writable(hub: Hub, repo_id: str, private: bool | None, taken: str | None) -
         if _status(error) not in (401, 403, 404):
             raise
         mine = [user["name"], *(org["name"] for org in user.get("orgs", []))]
-        raise PushRefused(
+        raise PushRefused(  # which preflight tells without its cause
             [
                 f"{repo_id} cannot be made or written with the token of {user['name']!r}, who is "
-                f"in {', '.join(mine)} ({_told(error)}): choose another hub_model_id, or "
+                f"in {plain(', '.join(mine))} ({_told(error)}): choose another hub_model_id, or "
                 f"a token that can write there ({_TOKENS})"
             ]
         ) from error
@@ -281,21 +325,22 @@ def _asked_to_wait(error: Exception) -> float:
     for part in _chain(error):
         if isinstance(part, HfHubHTTPError):
             value: Any = part.response.headers.get("Retry-After", "")
-            return float(value) if value.isdigit() else 0.0
+            return float(value) if re.fullmatch("[0-9]+", value) else 0.0  # isdigit takes "²"
     return 0.0
 
 
 def _told(error: BaseException) -> str:
     """What an error and its causes say, in one line."""
     said = dict.fromkeys(_line(part) for part in _chain(error))
-    return _SECRET.sub("***", ": ".join(said))
+    return plain(redacted(": ".join(said)))
 
 
 def _line(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
+        _used.add(error.response.request.headers.get("Authorization", "").partition(" ")[2])
         answer = f"{error.response.status_code} {error.response.reason_phrase}"
         asked = f"{error.response.request.method} {error.response.request.url.path}"
-        said = f" ({error.server_message})" if error.server_message else ""
+        said = f" ({error.server_message[:_MOST_TOLD]})" if error.server_message else ""
         return f"{asked} was answered {answer}{said}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

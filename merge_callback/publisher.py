@@ -8,10 +8,10 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from merge_callback.errors import PushRefused
-from merge_callback.hub import QUICK, Hub, Target, preflight, same_repository
+from merge_callback.hub import QUICK, Hub, Target, preflight, redacted, same_repository
 from merge_callback.push import Push
 from merge_callback.store import MergeStore
-from merge_callback.uploads import PushFailure, Uploads, pending
+from merge_callback.uploads import PushFailure, Uploads, to_resume
 from merge_callback.versions import Version
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class Publisher:
 
     def resume(self, store: MergeStore) -> None:
         """Go on with pushes that an earlier run left."""
-        assert self._uploads is not None
+        assert self._uploads is not None and self._target is not None
         for version in store.pending():
-            target = pending(version)
+            target = to_resume(version, self._target)
             if target is not None:
                 logger.info("going on with the push of %s to %s", version.path, target.repo_id)
                 self._uploads.add(version, target)
@@ -78,7 +78,7 @@ class Publisher:
         try:
             self._uploads.add(version, self._target)
         except Exception as error:  # the disk is full, or there are too many threads
-            logger.warning("%s is not pushed: %s", version.path, error)
+            logger.warning("%s is not pushed: %s", version.path, redacted(str(error)))
 
     def finish(self, *, progress: bool) -> tuple[list[Push], list[PushFailure]]:
         """Wait for what is under way; what arrived since the last call, and what is pending."""

@@ -14,6 +14,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +31,8 @@ from huggingface_hub.hf_api import RepoFile
 from merge_callback.card import card_for_the_hub
 from merge_callback.errors import CorruptVersion, PushError
 from merge_callback.files import FileRecord
-from merge_callback.hub import Hub, Target, full_name
+from merge_callback.foreign import parse_json, plain
+from merge_callback.hub import Hub, Target, full_name, redacted
 from merge_callback.store import numbered
 from merge_callback.versions import MANIFEST, Version
 
@@ -41,6 +43,9 @@ _WEIGHTS = ".safetensors"
 _ATTRIBUTES = ".gitattributes"  # the Hub's own
 # What loaders look for first; one that is not ours would be loaded in place of ours.
 _LOADED_FIRST = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json")
+_LARGEST_MANIFEST = 1 << 28  # bytes
+_NEWEST = " is the newest version"  # ends the title of our commits to the branch of that name
+_SKEW = timedelta(days=1)  # of a clock that is believed
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,9 @@ def _card(path: Path, repo_id: str) -> str | None:
         ModelCard(text).validate()
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        logger.warning("%s is left out of the push, its header is not valid: %s", path, error)
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        told = plain(redacted(str(error)))
+        logger.warning("%s is left out of the push, its header is not valid: %s", path, told)
         return None
     return text
 
@@ -215,16 +221,13 @@ class _Remote:
         tree = self._tree(head)
         if self._is_ours(tree) and not self._missing(tree):
             return True
-        created, there = self._written_at(head) if MANIFEST in tree else ("", {})
-        if created > self._version.manifest["created"]:
-            logger.info("%s has a newer version on %s, which stays", self._repo_id, branch)
+        if self._is_older_than(self._manifest_at(head, tree.get(MANIFEST)), branch, tag):
             return False
-        kept = self._kept_cards(head, tree, there)
-        stale = [
-            path
-            for path, record in there.items()
-            if path not in self._files and self._is_at(head, tree.get(path), record)
-        ]
+        ours = self._last_written(branch, tree)
+        kept = {path for path in self._files if _is_card(path) and path in tree} - ours
+        if kept:
+            logger.info("%s of %s stays as it is", ", ".join(sorted(kept)), self._repo_id)
+        stale = sorted(ours - set(self._files))
         source = self._tree(commit)
         changes: list[Any] = [CommitOperationDelete(path, is_folder=False) for path in stale]
         for path, file in self._files.items():
@@ -234,7 +237,7 @@ class _Remote:
                 changes.append(CommitOperationCopy(path, path, src_revision=commit))
             else:
                 changes.append(CommitOperationAdd(path, file.content))
-        done = self._commit(branch, head, changes, f"{tag} is the newest version")
+        done = self._commit(branch, head, changes, f"{tag}{_NEWEST}")
         if missing := self._missing(self._tree(done.oid)):
             raise PushError(
                 f"{branch} lacks {', '.join(missing)}: does a .gitignore name it there?"
@@ -252,7 +255,11 @@ class _Remote:
                 branches = self._branches()
             head = branches[name]
             tree = self._tree(head)
-            if self._is_ours(tree) or head == start or head in self._history():
+            if (
+                self._is_ours(tree)
+                or head == start
+                or head in (oid for _, oid in self._history("main"))
+            ):
                 return name, head, tree
         raise AssertionError("unreachable")
 
@@ -270,6 +277,7 @@ class _Remote:
         return str(done.oid)
 
     def _commit(self, branch: str, head: str, changes: list[Any], message: str) -> CommitInfo:
+        self._hub.go_on()  # a call before, of the same step, may have come back too late
         return self._api.create_commit(
             self._repo_id,
             changes,
@@ -293,24 +301,53 @@ class _Remote:
         files = self._files.items()
         return [p for p, file in files if not _is_card(p) and not file.is_at(tree.get(p))]
 
-    def _kept_cards(
-        self, head: str, tree: Mapping[str, RepoFile], there: Mapping[str, FileRecord]
-    ) -> set[str]:
-        """Cards that were not written by us, or edited since."""
-        cards = {path for path in self._files if _is_card(path) and path in tree}
-        ours = {p for p in cards if p in there and self._is_at(head, tree[p], there[p])}
-        if cards - ours:
-            logger.info("%s of %s stays as it is", ", ".join(sorted(cards - ours)), self._repo_id)
-        return cards - ours
+    def _last_written(self, branch: str, tree: Mapping[str, RepoFile]) -> set[str]:
+        """Files on a branch that we wrote: they are as the tag has them that was put there last.
 
-    def _is_at(self, revision: str, entry: RepoFile | None, record: FileRecord) -> bool:
-        """Whether the Hub has a file there that is known by its record alone."""
-        if entry is None:
-            return False
-        if entry.lfs is not None:
-            return (entry.lfs.size, entry.lfs.sha256) == record
-        content = self._content(entry.path, revision)
-        return hashlib.sha256(content).hexdigest() == record.sha256
+        Not as its manifest says, which anybody may have edited there.
+        """
+        tags = self._tags()
+        titles = (title for title, _ in self._history(branch) if title.endswith(_NEWEST))
+        tag = next((t for title in titles if (t := title.removesuffix(_NEWEST)) in tags), None)
+        if tag is None:
+            return set()
+        last = self._tree(tag)
+        same = (path for path in tree if path in last and tree[path].blob_id == last[path].blob_id)
+        return set(same) - {_ATTRIBUTES}
+
+    def _is_older_than(self, there: Mapping[str, Any], branch: str, tag: str) -> bool:
+        """Whether the version that a branch holds is newer than this one."""
+        here = self._version.manifest
+        place = f"{branch} of {self._repo_id}"
+        order = _order(there), _order(here)
+        if (
+            there.get("run") is not None
+            and there.get("run") == here.get("run")
+            and None not in order
+        ):
+            newer = order[0] > order[1]  # type: ignore[operator]
+        else:
+            made = _moment(there.get("created"))
+            if made > datetime.now(UTC) + _SKEW:
+                logger.warning(
+                    "%s holds a version that says it was made at %s, which is still to come: it is "
+                    "not taken for newer, and is replaced; its tag stays",
+                    place,
+                    made,
+                )
+                return False
+            newer = made > _moment(here.get("created"))
+        if newer:
+            logger.warning(
+                "%s holds a newer version, made at %s, which stays: load this one by its tag, %s, "
+                "or delete %s on that branch and push %s again",
+                place,
+                plain(there.get("created")),
+                tag,
+                MANIFEST,
+                self._version.name,
+            )
+        return newer
 
     def _warn_of_others(self, branch: str, others: set[str]) -> None:
         wrong = [name for name in _LOADED_FIRST if name in others]
@@ -342,20 +379,24 @@ class _Remote:
         refs = self._api.list_repo_refs(self._repo_id)
         return {ref.name: ref.target_commit for ref in refs.tags}
 
-    def _history(self) -> Iterator[str]:
-        return (c.commit_id for c in self._api.list_repo_commits(self._repo_id, revision="main"))
+    def _history(self, branch: str) -> Iterator[tuple[str, str]]:
+        """Title and oid of each commit, the newest first."""
+        commits = self._api.list_repo_commits(self._repo_id, revision=branch)
+        return ((commit.title, commit.commit_id) for commit in commits)
 
     def _tree(self, revision: str) -> dict[str, RepoFile]:
         entries = self._api.list_repo_tree(self._repo_id, recursive=True, revision=revision)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def _written_at(self, revision: str) -> tuple[str, dict[str, FileRecord]]:
-        """When the version there was made, and its files; nothing if it is none of ours."""
+    def _manifest_at(self, revision: str, entry: RepoFile | None) -> Mapping[str, Any]:
+        """What stands in the manifest there; nothing if there is none that can be read."""
+        if entry is None or entry.size > _LARGEST_MANIFEST:
+            return {}
         try:
-            found = json.loads(self._content(MANIFEST, revision))
-            return str(found["created"]), {p: FileRecord(**r) for p, r in found["files"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return "", {}
+            found = parse_json(self._content(MANIFEST, revision))
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _content(self, path: str, revision: str) -> bytes:
         with tempfile.TemporaryDirectory() as directory:
@@ -363,6 +404,21 @@ class _Remote:
                 self._repo_id, path, revision=revision, local_dir=directory
             )
             return Path(found).read_bytes()
+
+
+def _order(manifest: Mapping[str, Any]) -> int | None:
+    """The place of a version among those of its run."""
+    found = manifest.get("sequence")
+    return found if type(found) is int else None
+
+
+def _moment(created: Any) -> datetime:
+    """When a version was made; what says nothing of it is older than all else."""
+    try:
+        found = datetime.fromisoformat(created)
+    except (ValueError, TypeError):
+        return datetime.min.replace(tzinfo=UTC)
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _is_card(path: str) -> bool:

@@ -1,5 +1,7 @@
 """Figures of a merge, as a table and as JSON. Knows nothing of models.
 
+Names of models, adapters and weights may be anything: in Markdown they are `inline`.
+
 `manifest` is what stands in merge_manifest.json, `tensors` method -> weight -> its figures.
 """
 
@@ -10,10 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from merge_callback.foreign import plain
+
 Manifest = Mapping[str, Any]
 Tensors = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
 _SHOWN = 10  # tensors in the table
+_MARKUP = {ord(character): f"&#{ord(character)};" for character in "&<>`|*[]\\"}
+
+
+def inline(text: object) -> str:
+    """A text within a line or a cell of Markdown, in which nothing is markup."""
+    return plain(text).translate(_MARKUP)
 
 
 def write_report(directory: Path, manifest: Manifest, tensors: Tensors) -> None:
@@ -33,7 +43,7 @@ def figures_table(manifest: Manifest) -> str:
     checked = manifest.get("verification") or {}
     models = checked.get("models") or {}
     rows = [
-        f"| {method} | {_number(found['loss_base'])} | {_number(found['loss_live'])} | "
+        f"| {inline(method)} | {_number(found['loss_base'])} | {_number(found['loss_live'])} | "
         f"{_number(found['loss'])} | {_percent(found['gain_kept'])} | "
         f"{_number(found['kl'], 5)} | {_percent(found['agreement'])} |"
         for method, found in models.items()
@@ -69,15 +79,15 @@ def report_text(manifest: Manifest, tensors: Tensors) -> str:
     base = manifest["base"]["id"] or "a base made in memory"
     parts = [
         f"# Merge of step {manifest['step']}" if manifest["step"] is not None else "# Merge",
-        f"{', '.join(manifest['save_methods'])} of {base}, adapter "
-        f"{', '.join(manifest['adapters'])}, {manifest['created']}"
+        f"{', '.join(manifest['save_methods'])} of {inline(base)}, adapter "
+        f"{inline(', '.join(manifest['adapters']))}, {manifest['created']}"
         + (f", rounding {manifest['rounding']}" if manifest["rounding"] else "")
         + ".",
         figures_table(manifest),
     ]
     problems = (manifest.get("verification") or {}).get("problems") or ()
     if problems:
-        lines = "\n".join(f"- {problem}" for problem in problems)
+        lines = "\n".join(f"- {inline(problem)}" for problem in problems)
         parts.append(f"**Published in spite of:**\n\n{lines}")
     checks = (manifest.get("verification") or {}).get("checks") or {}
     if checks:
@@ -98,8 +108,8 @@ def _tensor_table(tensors: Mapping[str, Mapping[str, float | None]]) -> str:
     trained = {key: found for key, found in tensors.items() if found["retention"] is not None}
     ordered = sorted(trained, key=lambda key: trained[key]["retention"] or 0.0)
     rows = [
-        f"| {key} | {_number(trained[key]['retention'], 3)} | {_number(trained[key]['error'], 4)} |"
-        for key in ordered[:_SHOWN]
+        f"| {inline(key)} | {_number(found['retention'], 3)} | {_number(found['error'], 4)} |"
+        for key, found in ((key, trained[key]) for key in ordered[:_SHOWN])
     ]
     if not rows:
         return "The adapter changes no weight."

@@ -1,8 +1,13 @@
-"""Printing: tables on a terminal, tab-separated lines elsewhere. Knows nothing of what is said."""
+"""Printing: tables on a terminal, tab-separated lines elsewhere. Knows nothing of what is said.
+
+What is printed may be the words of others: no control character of theirs reaches a terminal, and
+nothing in a cell is markup.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -10,9 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markdown import Markdown
-from rich.table import Table
+from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
+
+from merge_callback.foreign import plain, plain_lines
 
 
 @contextmanager
@@ -28,7 +37,8 @@ def _as_long_as_somebody_reads() -> Iterator[None]:
 @_as_long_as_somebody_reads()
 def print_json(value: Any) -> None:
     """One JSON value; what is not finite, and has no place there, as null."""
-    print(json.dumps(_finite(value), indent=2))
+    text = json.dumps(_finite(value), indent=2)
+    print(text.replace("\x7f", "\\u007f"))  # the one control character that json leaves
 
 
 @_as_long_as_somebody_reads()
@@ -43,19 +53,69 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             print("\t".join(line))
         return
     told = [index for index in range(len(columns)) if any(line[index] for line in cells)]
-    table = Table(*(columns[index] for index in told), header_style="bold")
+    table = Table(*(Column(Text(columns[index])) for index in told), header_style="bold")
     for line in cells:
-        table.add_row(*(line[index] for index in told))
-    Console().print(table)
+        table.add_row(*(Text(line[index]) for index in told))
+    Console().print(_Plain(table))
 
 
 @_as_long_as_somebody_reads()
 def print_markdown(text: str) -> None:
     """As it is, or rendered on a terminal."""
     if not sys.stdout.isatty():
-        print(text, end="")
+        print(plain_lines(text), end="")
         return
-    Console().print(Markdown(text))
+    Console().print(_Plain(Markdown(plain_lines(text), hyperlinks=False)))
+
+
+def say(text: object) -> None:
+    """To stderr, what was said on the way."""
+    print(_indented(text), file=sys.stderr)
+
+
+@contextmanager
+def plain_logs() -> Iterator[None]:
+    """What any library logs meanwhile, or warns of, goes to stderr as `say` says it."""
+    factory = logging.getLogRecordFactory()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.setLogRecordFactory(_PlainRecord)  # some libraries have handlers of their own
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        logging.captureWarnings(False)
+
+
+class _PlainRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return plain_lines(super().getMessage())
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:  # with the traceback
+        return _indented(super().format(record))
+
+
+class _Plain:
+    """What rich makes of something, without the control characters that its text may hold.
+
+    Markdown has other ways to write them, as entities.
+    """
+
+    def __init__(self, inner: RenderableType):
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._inner, options):
+            yield Segment(plain_lines(segment.text), segment.style)
+
+
+def _indented(text: object) -> str:
+    """Lines of which none but the first looks like one of ours."""
+    return plain_lines(text).replace("\n", "\n  ")
 
 
 def _finite(value: Any) -> Any:
@@ -69,4 +129,4 @@ def _finite(value: Any) -> Any:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else plain(value)

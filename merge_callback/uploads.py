@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import tempfile
 import threading
 import time
-import uuid
 from collections import deque
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -25,7 +27,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from merge_callback.errors import CorruptVersion, MergeRefused, PushError, PushRefused, PushStopped
-from merge_callback.hub import Hub, Target, explain, name_problems, passes
+from merge_callback.foreign import plain, read_json
+from merge_callback.hub import (
+    Hub,
+    Target,
+    explain,
+    name_problems,
+    passes,
+    redacted,
+    same_repository,
+)
 from merge_callback.locks import lock
 from merge_callback.push import Push, push, weight_bytes
 from merge_callback.store import push_marker
@@ -57,22 +68,28 @@ def push_version(
         repo_id: with or without a namespace. None: where a push that was cut off was going to.
         token: None: HF_TOKEN, or that of `hf auth login`.
         private: whether a repository that has to be made is private; None: as its namespace has it.
-        revision: branch that has the newest version.
+        revision: branch that has the newest version; of a push that was cut off: its own.
         progress: show a progress bar.
 
     Raises:
         CorruptVersion: there is no version at `path`, or a file is not what was written.
         MergeRefused: there is no such directory; or no repo_id, and no push of this version is
-            pending.
+            pending, or one that was marked elsewhere and came with copied files.
         PushRefused: no repository can be called so.
         PushError: with the cure; what was done is kept, and the next call goes on from there.
     """
     version = version_at(path)
-    target = Target(repo_id, private, revision) if repo_id is not None else pending(version)
-    if target is not None and (problems := name_problems("repo_id", target.repo_id)):
+    if repo_id is not None:
+        target = Target(repo_id, private, revision)
+    else:
+        mark = pending(version)
+        if mark is None:
+            raise MergeRefused([f"no push of {version.path} is pending; give a repo_id"])
+        if not mark.ours:
+            raise MergeRefused([_not_ours(version, mark)])
+        target = replace(mark.target, private=private)
+    if problems := name_problems("repo_id", target.repo_id):
         raise PushRefused(problems)
-    if target is None:
-        raise MergeRefused([f"no push of {version.path} is pending; give a repo_id"])
     uploads = Uploads(Hub(token))
     uploads.add(version, target)
     uploads.join(progress=progress)
@@ -82,13 +99,61 @@ def push_version(
     return uploads.pushes[0]
 
 
-def pending(version: Version) -> Target | None:
-    """Where a version still has to be pushed to."""
+@dataclass(frozen=True)
+class Mark:
+    """That a version still has to be pushed.
+
+    Attributes:
+        target: where to; private, whatever was asked for: no mark makes anything public.
+        ours: whether it was made for this very directory; else it came with copied files.
+    """
+
+    target: Target
+    ours: bool
+
+
+def pending(version: Version) -> Mark | None:
+    """What is marked beside a version."""
     try:
-        found = json.loads(push_marker(version.path).read_text())
-        return Target(found["repo_id"], found["private"], found["revision"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(push_marker(version.path))
+        repo_id, revision = found["repo_id"], found["revision"]
+        ours = found.get("directory") == _directory(version)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if not (isinstance(repo_id, str) and isinstance(revision, str)):
+        return None
+    return Mark(Target(repo_id, True, revision), ours)
+
+
+def to_resume(version: Version, own: Target) -> Target | None:
+    """Where a run that pushes to `own` goes on with a push that is pending.
+
+    A mark of another directory, which came with copied files, sends nothing elsewhere.
+    """
+    mark = pending(version)
+    if mark is None:
+        logger.warning("%s cannot be read and is ignored: push it again", push_marker(version.path))
+        return None
+    if same_repository(mark.target.repo_id, own.repo_id):
+        return replace(own, revision=mark.target.revision) if mark.ours else own
+    if mark.ours and not name_problems("repo_id", mark.target.repo_id):
+        return mark.target
+    logger.warning("%s", _not_ours(version, mark))
+    return None
+
+
+def _directory(version: Version) -> list[str | int]:
+    """What a directory is known by; a copy has another."""
+    path = version.path.resolve()
+    return [str(path), path.stat().st_ino]
+
+
+def _not_ours(version: Version, mark: Mark) -> str:
+    return (
+        f"the pending push of {version.path} to {plain(mark.target.repo_id)} was marked in another "
+        "directory and is ignored; to push it there: merge-callback push "
+        f"{shlex.quote(str(version.path))} {shlex.quote(plain(mark.target.repo_id))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +193,7 @@ class Uploads:
 
         What failed before is tried once more, ahead of it.
         """
-        if pending(version) is None:  # what is pending elsewhere stays so
+        if not _is_marked_elsewhere(version, target):  # what is pending there stays so
             _mark(version, target)
         with self._change:
             again = [(failure.version, failure.target) for failure in self.failures]
@@ -195,16 +260,20 @@ class Uploads:
             if not self._waiting:  # given up already
                 return
             version, target = self._waiting.popleft()
+            # Without a cause: what the client raises holds the request, and with it the token.
             told = PushError(
-                f"{version.name} could not be pushed to {target.repo_id}: {explain(error)}"
-                + _what_remains(version, target, error)
+                redacted(
+                    f"{version.name} could not be pushed to {target.repo_id}: {explain(error)}"
+                    + _what_remains(version, target, error)
+                )
             )
-            told.__cause__ = error
+            if isinstance(error, CorruptVersion):
+                told.__cause__ = error
             self.failures.append(PushFailure(version, target, told))
         with suppress(OSError):
             if not version.path.is_dir():  # pruned as its push began
                 push_marker(version.path).unlink(missing_ok=True)
-            elif pending(version) in (None, target):
+            elif not _is_marked_elsewhere(version, target):
                 _mark(version, target, told)
 
     def _hush(self) -> None:
@@ -229,7 +298,7 @@ def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
                 "up has not ended yet, or it is gone"
             )
         done = push(hub, version, target)
-        if pending(version) in (None, target):
+        if not _is_marked_elsewhere(version, target):
             push_marker(version.path).unlink(missing_ok=True)
     logger.info("pushed %s to %s", version.name, done.url)
     return done
@@ -240,7 +309,7 @@ def _what_remains(version: Version, target: Target, error: Exception) -> str:
         return ". Nothing was sent"
     if not version.path.is_dir():
         return ". It was removed meanwhile, and no push is pending"
-    if pending(version) not in (None, target):
+    if _is_marked_elsewhere(version, target):
         return f". It is whole in {version.path}, and still to be pushed elsewhere: push it again"
     return (
         f". It is whole in {version.path}, and the push is pending: the next run into the same "
@@ -249,10 +318,31 @@ def _what_remains(version: Version, target: Target, error: Exception) -> str:
     )
 
 
+def _is_marked_elsewhere(version: Version, target: Target) -> bool:
+    """Whether another push of a version is pending, which was marked here."""
+    mark = pending(version)
+    where = (target.repo_id, target.revision)
+    return mark is not None and mark.ours and (mark.target.repo_id, mark.target.revision) != where
+
+
 def _mark(version: Version, target: Target, error: Exception | None = None) -> None:
     """Note, beside a version, that it is to be pushed, where to, and what went wrong."""
     marker = push_marker(version.path)
-    draft = marker.with_name(f".{uuid.uuid4().hex}.push-draft")  # the name may be at its longest
-    told = {"push": "pending", **asdict(target), "error": error and str(error)}
-    draft.write_text(json.dumps(told, indent=2) + "\n")
-    draft.replace(marker)
+    told = {
+        "push": "pending",
+        "repo_id": target.repo_id,
+        "revision": target.revision,
+        "directory": _directory(version),
+        "error": error and redacted(str(error)),
+    }
+    # A new file: what lies there under a name that can be guessed may be a link.
+    descriptor, draft = tempfile.mkstemp(
+        ".push-draft", ".", marker.parent
+    )  # names may be at their longest
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(told, indent=2) + "\n")
+        Path(draft).replace(marker)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise

@@ -34,6 +34,7 @@ def _told(node: ast.AST, module: str) -> Iterator[str]:
     elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in (
         "_CURES",
         "_LATER",
+        "_ODD",
     ):
         yield from _texts(*getattr(node.value, "values", [node.value]))
     elif isinstance(node, ast.Call) and _is_append(node) and _names_problems(node.func.value):

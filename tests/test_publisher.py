@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,12 @@ from huggingface_hub import HfApi
 from models import qlora
 from test_callback import listing, sft, trainer
 from test_push import ONE, TWO, make, state, tree
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainingArguments,
+)
 
 import merge_callback.hub
 from merge_callback import (
@@ -25,10 +31,12 @@ from merge_callback import (
     MergeOnSaveCallback,
     MergeRefused,
     MergeStore,
+    PushError,
     PushRefused,
     push_version,
 )
 from merge_callback.files import hash_file
+from merge_callback.publisher import Publisher
 from merge_callback.store import push_marker
 
 pytestmark = pytest.mark.usefixtures("hub_client")
@@ -223,6 +231,59 @@ def test_a_hub_that_hangs_does_not_hold_training_and_the_next_run_pushes_all(
     assert again.failures == [] and store.pending() == []
     repo = "me/run-merged"
     assert tree(server, "main", repo) == tree(server, "step-00000001", repo)
+
+
+def resumed(root, **settings):
+    """What a run that pushes to me/run-merged goes on with."""
+    publisher = Publisher(None, None, settings.pop("private", True), None, check=True)
+    publisher.check(TrainingArguments(output_dir="run", report_to=[], use_cpu=True, **settings))
+    publisher.resume(MergeStore(root))
+    done, failed = publisher.finish(progress=False)
+    assert failed == []
+    return [push.repo_id for push in done]
+
+
+def marked(root, repo_id, server):
+    """A version whose push there was cut off."""
+    version = make(root)
+    server.fault("/repos/create", "status", status=403, times=1)
+    with pytest.raises(PushError):
+        push_version(version.path, repo_id, private=False, progress=False)
+    return version
+
+
+def test_a_run_resumes_what_was_marked_in_its_directory_and_private(tmp_path, server):
+    marked(tmp_path, "me/elsewhere", server)
+    assert resumed(tmp_path) == ["me/elsewhere"]
+    assert state(server, "me/elsewhere")["private"] is True
+
+
+def test_a_run_resumes_its_own_pushes_as_it_pushes_itself(tmp_path, server):
+    marked(tmp_path, "run-merged", server)
+    assert resumed(tmp_path, private=False) == ["me/run-merged"]
+    assert state(server, "me/run-merged")["private"] is False
+
+
+@pytest.mark.parametrize("repo_id", ["me/production", "other/run-merged", "me/run-merged", "a b"])
+def test_a_mark_that_came_with_files_sends_them_where_the_run_itself_would(
+    tmp_path, server, caplog, repo_id
+):
+    version = make(tmp_path)
+    mark = {"push": "pending", "repo_id": repo_id, "private": False, "revision": "main"}
+    push_marker(version.path).write_text(json.dumps(mark))
+    ours = repo_id == "me/run-merged"
+    assert resumed(tmp_path) == (["me/run-merged"] if ours else [])
+    assert server.state()["repos"].keys() == {"me/run-merged"}
+    assert state(server, "me/run-merged")["private"] is True
+    told = f"merge-callback push {version.path} {shlex.quote(repo_id)}"
+    assert (told in caplog.text) is not ours
+    assert push_marker(version.path).exists() is not ours
+
+
+def test_a_mark_that_cannot_be_read_is_said(tmp_path, server, caplog):
+    version = make(tmp_path)
+    push_marker(version.path).write_text("[" * 100_000)
+    assert resumed(tmp_path) == [] and "cannot be read and is ignored" in caplog.text
 
 
 def test_a_push_that_failed_is_tried_again_with_the_next(tmp_path, server):

@@ -3,27 +3,33 @@
 The client is the real one, over real HTTP, to a server in a process of its own.
 """
 
+import base64
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import threading
 import time
+import traceback
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
+import huggingface_hub.constants
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import are_progress_bars_disabled
 
 import merge_callback.hub
-from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError
+from merge_callback import CorruptVersion, MergeRefused, MergeStore, PushError, PushRefused
 from merge_callback import push_version as push_in_public
-from merge_callback.hub import Hub, Target
+from merge_callback.hub import Hub, Target, preflight
 from merge_callback.locks import lock
 from merge_callback.push import _Remote
 from merge_callback.store import push_marker
-from merge_callback.uploads import Uploads
+from merge_callback.uploads import Uploads, pending
 
 pytestmark = pytest.mark.usefixtures("hub_client")
 
@@ -493,3 +499,286 @@ def wait_for_the_thread():
         if thread.name == "push":
             thread.join(10)
             assert not thread.is_alive()
+
+
+# Secrets
+
+SECRETS = ["key.of-me_42", "a+b/c=d e", "hf_with.dots-and+more", "ключ-1234", "hf_writer"]
+
+
+def everything_of(error):
+    """All that an error shows, its causes and what they hold too."""
+    told = ["".join(traceback.format_exception(error))]
+    while error is not None:
+        told += [str(error), repr(error.args), repr(vars(error))]
+        for holder in (error, getattr(error, "response", None)):
+            request = getattr(holder, "request", None)
+            told.append(repr(getattr(request, "headers", None)))
+        if hasattr(error, "response"):
+            told += [repr(error.response.headers), error.response.text]
+        error = error.__cause__ or error.__context__
+    return "\n".join(told)
+
+
+def forms(secret):
+    encoded = base64.b64encode(secret.encode()).decode()
+    return {secret, quote(secret, safe=""), quote(secret), encoded, *secret.split()} - {"e"}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize("given", ["argument", "variable", "login"])
+@pytest.mark.parametrize("fault", [{"status": 403}, {"status": 503}, {"status": 401}, None])
+def test_a_token_is_shown_by_nothing_that_reaches_a_user(
+    tmp_path, server, monkeypatch, caplog, secret, given, fault
+):
+    caplog.set_level(logging.DEBUG)
+    login = tmp_path / "token"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(login))
+    monkeypatch.delenv("HF_TOKEN")
+    if given == "variable":
+        monkeypatch.setenv("HF_TOKEN", secret)
+    elif given == "login":
+        login.write_text(secret)
+    if fault is not None:
+        said = " ".join([*sorted(forms(secret)), f"Authorization: Bearer {secret}"])
+        server.fault(".", "status", body={"error": said}, times=-1, **fault)
+    elif secret == "hf_writer":
+        server.fault("/commit/", "reset", times=-1)
+    version = make(tmp_path / "store")
+    token = secret if given == "argument" else None
+    with pytest.raises(PushError) as failed:
+        push_version(version.path, REPO, token=token)
+    with pytest.raises(PushRefused) as refused:
+        server.fault("whoami", "status", status=500, body={"error": secret}, times=-1)
+        preflight(Hub(token, (0.01,)), REPO, True)
+    told = [everything_of(failed.value), everything_of(refused.value), caplog.text]
+    told.append(push_marker(version.path).read_text())
+    for form in forms(secret):
+        assert not any(form in text for text in told), form
+
+
+def test_what_failed_is_still_said_without_its_cause(tmp_path, server):
+    server.fault("/tag/", "status", status=403, body={"error": "not \x1b[2Jyours"}, times=-1)
+    with pytest.raises(PushError) as failed:
+        push_version(make(tmp_path).path, REPO)
+    told = str(failed.value)
+    assert failed.value.__cause__ is None and failed.value.__context__ is None
+    assert "403" in told and "/tag/" in told and "give it write access" in told
+    assert r"not \x1b[2Jyours" in told
+
+
+# A remote, or a directory, that others have written to
+
+
+def rewritten(server, branch="main", **values):
+    """The manifest on a branch, as somebody has edited it."""
+    found = json.loads(server.file(REPO, branch, "merge_manifest.json")) | values
+    server.commit(REPO, branch, {"merge_manifest.json": json.dumps(found)})
+
+
+def test_what_a_manifest_there_names_is_deleted_only_if_we_wrote_it(tmp_path, server):
+    push_version(make(tmp_path, ONE).path, REPO)
+    attributes = server.file(REPO, "main", ".gitattributes")
+    theirs = {"notes.md": "mine", "README.md": "mine"}
+    server.commit(REPO, "main", theirs)
+    contents = {".gitattributes": attributes} | {p: c.encode() for p, c in theirs.items()}
+    named = {p: {"size": len(c), "sha256": sha(c)} for p, c in contents.items()}
+    rewritten(server, files=named)
+    push_version(make(tmp_path, TWO, "step-2").path, REPO)
+    assert server.file(REPO, "main", ".gitattributes") == attributes
+    for path, content in theirs.items():
+        assert server.file(REPO, "main", path) == content.encode()
+    # Our own stale shards go all the same.
+    assert tree(server, "main").keys() == {*TWO, "merge_manifest.json", "notes.md"}
+
+
+def test_a_commit_of_others_that_is_titled_like_ours_deletes_nothing(tmp_path, server):
+    push_version(make(tmp_path, ONE).path, REPO)
+    operations = [CommitOperationAdd("notes.md", b"mine")]
+    HfApi().create_commit(REPO, operations, commit_message="step-1 is the newest version")
+    push_version(make(tmp_path, TWO, "step-2").path, REPO)
+    assert server.file(REPO, "main", "notes.md") == b"mine"
+    assert server.file(REPO, "main", "config.json") == TWO["config.json"]
+
+
+NOW = datetime.now(UTC)
+FUTURE, PAST = (NOW + timedelta(days=2)).isoformat(), (NOW - timedelta(days=900)).isoformat()
+HERE = NOW.isoformat()
+NEWER = {  # (there, here): whether what is there stays
+    "made later": ({"created": HERE}, {"created": PAST}, True),
+    "made earlier": ({"created": PAST}, {"created": HERE}, False),
+    "of a clock an hour fast": (
+        {"created": (NOW + timedelta(hours=1)).isoformat()}, {"created": HERE}, True,
+    ),
+    "still to come": ({"created": FUTURE}, {"created": HERE}, False),
+    "another zone": (
+        {"created": "2026-01-01T12:00:00+05:00"}, {"created": "2026-01-01T08:00:00+00:00"}, False,
+    ),
+    "one run": (
+        {"created": PAST, "run": "a", "sequence": 2}, {"created": HERE, "run": "a", "sequence": 1},
+        True,
+    ),
+    "one run, in order": (
+        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "a", "sequence": 2},
+        False,
+    ),
+    "one run, from the future": (
+        {"created": FUTURE, "run": "a", "sequence": 2},
+        {"created": HERE, "run": "a", "sequence": 1},
+        True,
+    ),
+    "two runs": (
+        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "b", "sequence": 2},
+        True,
+    ),
+    "no runs": (
+        {"created": HERE, "run": None, "sequence": 1},
+        {"created": PAST, "run": None, "sequence": 2},
+        True,
+    ),
+    "no numbers": (
+        {"created": HERE, "run": "a", "sequence": "9"},
+        {"created": PAST, "run": "a", "sequence": 2},
+        True,
+    ),
+    "a bool": (
+        {"created": PAST, "run": "a", "sequence": True},
+        {"created": HERE, "run": "a", "sequence": 0},
+        False,
+    ),
+    "lists": ({"created": [], "run": [], "sequence": {}}, {"created": PAST, "run": "a"}, False),
+    "no date": ({"created": "soon"}, {"created": PAST}, False),
+    "the first": ({"created": "0001-01-01T00:00:00+23:59"}, {"created": PAST}, False),
+    "the last": ({"created": "9999-12-31T23:59:59-23:59"}, {"created": PAST}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEWER)
+def test_a_branch_is_held_back_by_what_is_newer_and_that_is_said(tmp_path, server, caplog, case):
+    there, here, stays = NEWER[case]
+    push_version(make(tmp_path, ONE).path, REPO)
+    rewritten(server, **there)
+    version = make(tmp_path, TWO, "step-2", **here)
+    caplog.clear()
+    done = push_version(version.path, REPO)
+    assert done.newest is not stays
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    if stays:
+        (told,) = warned
+        assert "holds a newer version" in told and "by its tag, step-2, or delete" in told
+        HfApi().delete_file("merge_manifest.json", REPO)  # the cure
+        assert push_version(version.path, REPO).newest
+    elif there["created"] == FUTURE or case == "the last":
+        assert "which is still to come" in warned[0]
+    else:
+        assert warned == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "[" * 100_000, '{"a":' * 50_000, "\ufeff{}", "5", "", '{"created": 5, "files": []}',
+     '{"created": "2036", "sequence": 1e400, "run": NaN, "files": {"..": 1}}'],
+)  # fmt: skip
+def test_any_manifest_may_stand_there(tmp_path, server, content):
+    push_version(make(tmp_path, ONE).path, REPO)
+    server.commit(REPO, "main", {"merge_manifest.json": content})
+    assert push_version(make(tmp_path, TWO, "step-2").path, REPO).newest
+
+
+@pytest.mark.parametrize("value", ["²", "-1", "1e3", "soon", "٣", "9" * 400, "Wed, 21 Oct 2036"])
+def test_any_wait_may_be_asked_for(tmp_path, server, value):
+    header = {"Retry-After": value.encode().decode("latin-1") if value == "²" else value}
+    if not value.isascii() and value != "²":
+        header = {"Retry-After": quote(value)}
+    server.fault("/tag/", "status", status=429, headers=header, times=1)
+    version = make(tmp_path)
+    if value == "9" * 400:
+        with pytest.raises(PushError, match="wait some minutes"):
+            push_version(version.path, REPO)
+    assert push_version(version.path, REPO).tag == "step-1"
+
+
+def test_an_answer_that_cannot_be_used_is_no_busy_hub(tmp_path, server):
+    server.fault("GET .*/refs", "status", status=200, body=[[[]]], times=-1)
+    with pytest.raises(PushError, match="the Hub's answer cannot be used"):
+        push_version(make(tmp_path).path, REPO)
+
+
+# Marks
+
+
+def mark_of(version):
+    return json.loads(push_marker(version.path).read_text())
+
+
+def pending_push(server, root, repo=REPO):
+    """A version whose push to a repository was cut off."""
+    version = make(root)
+    server.fault("/repos/create", "status", status=403, times=1)
+    with pytest.raises(PushError):
+        push_version(version.path, repo)
+    return version
+
+
+def test_a_mark_that_was_copied_sends_nothing(tmp_path, server):
+    version = pending_push(server, tmp_path / "a")
+    assert pending(version).ours
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copied = MergeStore(tmp_path / "b").version("step-1")
+    with pytest.raises(MergeRefused, match=f"merge-callback push {copied.path} me/model"):
+        push_version(copied.path)
+    shutil.rmtree(tmp_path / "a")  # nor where the copy takes the place of what it was copied from
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").rename(tmp_path / "a.new")
+    (tmp_path / "a").rmdir()
+    (tmp_path / "a.new").rename(tmp_path / "a")
+    with pytest.raises(MergeRefused, match="was marked in another directory and is ignored"):
+        push_version(version.path)
+    assert server.state()["repos"] == {}
+    assert push_version(version.path, REPO).tag == "step-1"  # by name it goes, and is marked anew
+    assert not push_marker(version.path).exists()
+
+
+@pytest.mark.parametrize("private", [False, None])
+def test_a_mark_makes_nothing_public(tmp_path, server, private):
+    version = make(tmp_path)
+    server.fault("/repos/create", "status", status=403, times=1)
+    with pytest.raises(PushError):
+        push_version(version.path, REPO, private=private)
+    change = mark_of(version) | {"private": False}
+    push_marker(version.path).write_text(json.dumps(change))
+    push_version(version.path)
+    assert state(server)["private"] is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[" * 100_000, "[]", "5", "{}", '{"repo_id": 5, "revision": 1}', '{"repo_id": "a/b"}',
+     '{"repo_id": "a/b", "revision": "main", "directory": [[]]}', "\ud800"],
+)  # fmt: skip
+def test_any_mark_may_lie_beside_a_version(tmp_path, server, text):
+    version = make(tmp_path)
+    push_marker(version.path).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(MergeRefused, match=r"is pending; give a repo_id|in another directory"):
+        push_version(version.path)
+    assert push_version(version.path, REPO).tag == "step-1"
+    assert MergeStore(tmp_path).pending() == []
+
+
+@pytest.mark.parametrize("suffix", [".push", ".push-draft"])
+def test_a_mark_is_written_beside_the_version_and_nowhere_else(tmp_path, server, suffix):
+    version = make(tmp_path / "store")
+    (tmp_path / "mine").write_text("mine")
+    push_marker(version.path).with_suffix(suffix).symlink_to(tmp_path / "mine")
+    server.fault("/repos/create", "status", status=403, times=1)
+    with pytest.raises(PushError):
+        push_version(version.path, REPO)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert mark_of(version)["repo_id"] == REPO and not push_marker(version.path).is_symlink()
+
+
+def test_a_pipe_for_a_mark_is_not_waited_for(tmp_path, server):
+    version = make(tmp_path)
+    os.mkfifo(push_marker(version.path))
+    with pytest.raises(MergeRefused, match="is pending; give a repo_id"):
+        push_version(version.path)

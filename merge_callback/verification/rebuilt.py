@@ -2,12 +2,16 @@
 
 On the CPU a loaded tensor is a view of the mapped file: it takes no memory that could not be taken
 back. For a device the layers are copied there one at a time, when they compute.
+
+A directory may be anybody's: code that came with it is not run unless it is said to be trusted, and
+what would hold the process for ever is refused first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,43 +20,53 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import deepspeed
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging as transformers_logging
 
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
+from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
 from merge_callback.live import keep_cpu_weights_unpacked, read_weights
 from merge_callback.plan import Plan
 from merge_callback.stand_ins import generators_kept, standing_in
 from merge_callback.undo import Undone, put
 
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # transformers lets them be
+_MOST_LAYERS = 10_000  # each of them a module
 _SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
 
 
 def rebuild(
-    path: str | os.PathLike[str], model_class: type[PreTrainedModel] | None = None
+    path: str | os.PathLike[str],
+    model_class: type[PreTrainedModel] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a directory on the CPU, in eval mode.
 
     Args:
         model_class: None: the one that its config names.
+        trust_remote_code: run the Python that lies in it.
 
     Raises:
         CorruptVersion: it does not load, or not every tensor has its place.
     """
     path = Path(path)
     try:
-        kind: Any = model_class or _named_class(path)
+        refuse_hostile(path, trust_remote_code=trust_remote_code)
+        kind: Any = model_class or _named_class(path, trust_remote_code)
         with _no_progress_bar(), _in_this_process():
             model, found = kind.from_pretrained(
                 path,
                 device_map={"": "cpu"},
                 local_files_only=True,
+                trust_remote_code=trust_remote_code,
                 use_safetensors=True,  # a pickle may do anything
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # then they are named
@@ -164,10 +178,66 @@ def _scales_are_finite(parameter: nn.Parameter) -> bool:
     return all(bool(s.isfinite().all()) for s in scales if isinstance(s, torch.Tensor))
 
 
-def _named_class(path: Path) -> Any:
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+def own_class(name: Any) -> Any:
+    """The class of transformers that makes models and is called so; None: there is none.
+
+    Not any attribute that a file may name.
+    """
+    try:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+    except (ImportError, RuntimeError):  # a library that it needs is missing
+        return None
+    models = (PreTrainedModel, _BaseAutoModelClass)
+    return found if isinstance(found, type) and issubclass(found, models) else None
+
+
+def refuse_hostile(path: Path, *, trust_remote_code: bool) -> None:
+    """Look at the files of a model before they are given to transformers.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if pipes := pipes_in(path):
+        raise ValueError(f"{', '.join(pipes)} in it is no file")
+    if (path / "adapter_config.json").exists():
+        raise ValueError("it has an adapter_config.json, whose adapter would be loaded with it")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError("its config.json is no JSON object")
+    _refuse_hostile_config(config, trust_remote_code)
+    skipped = list(texts(config.get("quantization_config")))
+    if slow := slow_pattern(skipped, itertools.chain.from_iterable(map(_tensors, path.iterdir()))):
+        raise ValueError(f"its quantization_config has a pattern that takes for ever: {slow!r}")
+
+
+def _refuse_hostile_config(config: dict[str, Any], trust_remote_code: bool) -> None:
+    """The same for values of a config, at any depth."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_hostile_config(value, trust_remote_code)
+        elif "implementation" in key and "/" in str(value) and not trust_remote_code:
+            raise ValueError(f"its {key} is code from the Hub, {value!r}")
+        elif "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"its {key} is {value}")
+
+
+def _tensors(file: Path) -> list[str]:
+    if file.suffix != ".safetensors":
+        return []
+    with safe_open(file, "pt") as opened:
+        return [name.removesuffix(".weight") for name in opened.keys()]
+
+
+def _named_class(path: Path, trust_remote_code: bool) -> Any:
+    config = AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     (name, *_) = config.architectures or ("",)
-    found = getattr(transformers, name, None)
+    found = own_class(name)
+    if found is None and trust_remote_code:
+        mapped = (getattr(config, "auto_map", None) or {}).items()
+        autos = (auto for auto, where in mapped if str(where).rpartition(".")[2] == name)
+        found = next(filter(None, map(own_class, autos)), None)
     if found is None:
         raise ValueError(f"its config names no class of transformers, but {name!r}")
     return found

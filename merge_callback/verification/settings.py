@@ -46,7 +46,7 @@ def config_problems(
         restored: values of the text config that the trainer has changed and the file has back.
     """
     live = plan.model.config
-    loaded = type(live).from_pretrained(place, local_files_only=True)
+    loaded = type(live).from_pretrained(place, local_files_only=True, trust_remote_code=False)
     wanted, found = _fields(live), _fields(loaded)
     for name, value in restored.items():
         setattr_in(wanted, live, name, value)
@@ -126,7 +126,9 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
         return
     if not hasattr(type(given), "from_pretrained"):
         return
-    loaded = type(given).from_pretrained(place, local_files_only=True)
+    loaded = type(given).from_pretrained(
+        place, local_files_only=True, trust_remote_code=_is_custom(given)
+    )
     given = copy.deepcopy(given)  # encoding sets truncation and padding of a fast tokenizer
     pairs = [(getattr(p, "tokenizer", p)) for p in (given, loaded)]
     if hasattr(pairs[0], "get_vocab"):
@@ -139,6 +141,12 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
     if given is not pairs[0]:
         wanted, found = ({"chat_template": _template(p)} for p in (given, loaded))
         yield from _field_problems("processor", wanted, found)
+
+
+def _is_custom(processor: Any) -> bool:
+    """Whether a part of it came with code of its own, which its user has trusted."""
+    parts = [processor, *(getattr(processor, name, None) for name in ("tokenizer", *_PARTS))]
+    return any(type(part).__module__.startswith("transformers_modules.") for part in parts)
 
 
 def _template(processor: Any) -> Any:
