@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 from merge_callback.batches import Batch
 from merge_callback.errors import MergeRefused
 from merge_callback.foreign import parse_json, pipes_in, read_json, slow_pattern, texts
+from merge_callback.loading import asking_nobody
 from merge_callback.manifest import Training
 from merge_callback.verification.rebuilt import own_class, refuse_hostile
 
@@ -142,7 +143,8 @@ def load_adapter(
         )
     try:
         refuse_hostile(_directory_of(name), trust_remote_code=trust_remote_code)
-        model = cls.from_pretrained(name, **settings)
+        with asking_nobody():
+            model = cls.from_pretrained(name, **settings)
     except Exception as error:  # each library has its own
         raise MergeRefused([f"the base {name} does not load: {_told(error)}"]) from error
     names = [module for module, _ in model.named_modules()]
@@ -155,7 +157,8 @@ def load_adapter(
         )
     try:
         # In the dtype that was trained: otherwise 16-bit factors would be cast to float32.
-        return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
+        with asking_nobody():
+            return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
     except Exception as error:
         raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
 
@@ -198,7 +201,8 @@ def load_processor(*places: str | os.PathLike[str] | None, trust_remote_code: bo
             try:
                 if Path(place).is_dir() and (pipes := pipes_in(place)):
                     raise ValueError(f"{', '.join(pipes)} in it is no file")
-                found = cls.from_pretrained(place, trust_remote_code=trust_remote_code)
+                with asking_nobody():
+                    found = cls.from_pretrained(place, trust_remote_code=trust_remote_code)
                 _check_processor(found)
                 return found
             except Exception as error:  # of whatever lies there

@@ -61,10 +61,15 @@ def compare(
         exact_maths([device.type]),
         computing_on(other, device),
     ):
-        speakers = {"other": Speaker(other, device)}
-        try:
-            return compare_outputs(Speaker(model, device), base, speakers, batches)["other"]
-        except MergeError:
-            raise
-        except Exception as error:  # whatever the models make of it
-            raise MergeError(f"the models do not run on these data: {error}") from error
+        return _compared(Speaker(model, device), base, Speaker(other, device), batches)
+
+
+def _compared(
+    live: Speaker, base: Speaker | None, other: Speaker, batches: Iterable[Batch]
+) -> Comparison:
+    try:
+        return compare_outputs(live, base, {"other": other}, batches)["other"]
+    except MergeError:
+        raise
+    except Exception as error:  # whatever the models make of it
+        raise MergeError(f"the models do not run on these data: {error}") from error

@@ -45,11 +45,10 @@ def in_order(count: int, work: Callable[[S], T], items: Iterable[S]) -> Iterator
 @contextmanager
 def one_core_each(count: int) -> Iterator[Executor]:
     """Threads in which torch uses one core; in all others it goes on with those that it had."""
-    with threads_of_one_core(count, "merge") as threads:
-        try:
-            yield threads
-        finally:
-            threads.shutdown(cancel_futures=True)
+    with ExitStack() as undo:
+        threads = undo.enter_context(threads_of_one_core(count, "merge"))
+        undo.callback(threads.shutdown, cancel_futures=True)
+        yield threads
 
 
 def threads_of_one_core(
@@ -82,16 +81,20 @@ def threads_of_one_core(
         stop = undo.enter_context(ExitStack())
         stop.callback(threads.shutdown, wait=False, cancel_futures=True)
         undo.callback(all_started.set)  # those that did start do not wait for ever
-        try:
-            begun = [threads.submit(begin_and_wait) for _ in range(count)]
-        except RuntimeError as error:
-            raise MergeError(
-                f"no thread can be started ({error}); raise the limit of processes (ulimit -u, or "
-                "the container's pids limit)"
-            ) from error
+        begun = [_submit(threads, begin_and_wait) for _ in range(count)]
         for _ in range(count):
             started.acquire()
         stop.pop_all()
     for future in begun:
         future.result()
     return threads
+
+
+def _submit(threads: Executor, task: Callable[[], None]) -> Future[None]:
+    try:
+        return threads.submit(task)
+    except RuntimeError as error:
+        raise MergeError(
+            f"no thread can be started ({error}); raise the limit of processes (ulimit -u, or the "
+            "container's pids limit)"
+        ) from error

@@ -38,24 +38,30 @@ def gather(
 
     Where a method was not asked for by name, data that cannot be had is done without.
     """
+    with generators_kept():
+        return _gather(plan, options, data)
+
+
+def _gather(
+    plan: Plan, options: MergeOptions, data: Data
+) -> tuple[Sequence[Batch] | None, Sequence[Batch], str | None]:
     calibrate = options.calibration_tokens if plan.to_round() and options.wants_data else 0
     verify = options.verify_tokens if options.verify else 0
     unseen: Sequence[Batch] = ()
-    with generators_kept():
-        if verify and data.evaluation is not None:
-            try:
-                unseen = take(data.evaluation, verify)
-            except Exception as error:
-                logger.warning("the evaluation data cannot be used (%s)", error)
-        if data.training is None or not (calibrate or verify):
-            return None, unseen, "held-out data" if unseen else None
+    if verify and data.evaluation is not None:
         try:
-            seen: Sequence[Batch] = take(data.training, calibrate + (0 if unseen else verify))
+            unseen = take(data.evaluation, verify)
         except Exception as error:
-            if options.needs_data:
-                raise
-            logger.warning("the training data cannot be used (%s)", error)
-            return None, unseen, "held-out data" if unseen else None
+            logger.warning("the evaluation data cannot be used (%s)", error)
+    if data.training is None or not (calibrate or verify):
+        return None, unseen, "held-out data" if unseen else None
+    try:
+        seen: Sequence[Batch] = take(data.training, calibrate + (0 if unseen else verify))
+    except Exception as error:
+        if options.needs_data:
+            raise
+        logger.warning("the training data cannot be used (%s)", error)
+        return None, unseen, "held-out data" if unseen else None
     if unseen:
         return seen, unseen, "held-out data"
     if not calibrate:

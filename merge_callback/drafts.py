@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -121,18 +122,22 @@ def publish(
         manifest = merge_manifest(
             plan, choice.method, training, kept, choice.report, verification, clock.seconds
         )
-        try:
-            write_report(draft.path, manifest, tensor_figures(kept, verification))
-        except Exception as error:  # of matplotlib, mostly: the model is worth more
-            logger.warning("the report failed: %s", error, exc_info=error)
-        try:
-            _write_cards(plan, options, draft.path, places, manifest, beside)
-        except Exception as error:  # of a template, mostly
-            logger.warning("the model card failed: %s", error, exc_info=error)
+        figures = tensor_figures(kept, verification)
+        # Of matplotlib, or a user's template: the model is worth more.
+        _try("the report", partial(write_report, draft.path, manifest, figures))
+        cards = partial(_write_cards, plan, options, draft.path, places, manifest, beside)
+        _try("the model card", cards)
         draft.seal()
         version = store.publish(draft, beside.name, manifest)
     _report(plan, version, kept, clock, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
+
+
+def _try(what: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except Exception as error:
+        logger.warning("%s failed: %s", what, error, exc_info=error)
 
 
 def failed(store: MergeStore, error: Exception) -> MergeError:

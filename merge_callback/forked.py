@@ -39,18 +39,23 @@ def forked(draw: Callable[[], Iterable[Any]]) -> Iterator[Mapping[str, Any]]:
         receiver, sender = multiprocessing.Pipe(duplex=False)
         undo.callback(receiver.close)
         undo.callback(sender.close)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12
-                process = os.fork()
-        except OSError as error:
-            raise MergeError(f"no process can be started to read it: {error}") from error
-        if not process:
-            _serve(sender, draw)
-        undo.callback(_end, process)
+        undo.callback(_end, _fork(sender, draw))
         sender.close()
         while (batch := _next(receiver)) is not None:
             yield batch
+
+
+def _fork(sender: Connection, draw: Callable[[], Iterable[Any]]) -> int:
+    """The number of a process that sends what `draw` gives; in that process it does not return."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12
+            process = os.fork()
+    except OSError as error:
+        raise MergeError(f"no process can be started to read it: {error}") from error
+    if not process:
+        _serve(sender, draw)
+    return process
 
 
 def _next(receiver: Connection) -> Mapping[str, Any] | None:

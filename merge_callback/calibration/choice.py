@@ -83,7 +83,8 @@ def choose(
         return Choice(method)
     try:
         with processes.alike():
-            return _with_data(plan, options, method, batches or (), processes)
+            with generators_kept(), evaluating(plan.model):
+                return _with_data(plan, options, method, batches or (), processes)
     except Exception as error:
         if options.rounding != "auto":
             raise
@@ -105,35 +106,34 @@ def _with_data(
 ) -> Choice:
     minutes = options.rounding_minutes
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    with generators_kept(), evaluating(plan.model):
-        taken = take(batches, _tokens(plan, options))
-        seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
-        if not seen:
-            raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
-        done = calibrate(
-            plan,
-            _share(seen, processes),
-            deadline=deadline,
-            progress=options.progress and processes.leads,
-            processes=processes,
+    taken = take(batches, _tokens(plan, options))
+    seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
+    if not seen:
+        raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
+    done = calibrate(
+        plan,
+        _share(seen, processes),
+        deadline=deadline,
+        progress=options.progress and processes.leads,
+        processes=processes,
+    )
+    report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
+    if done.left_out:
+        logger.warning(
+            "%d layers were rounded without data, since %s: %s",
+            len(done.left_out),
+            "time was up" if time.monotonic() > deadline else "no tokens reached them",
+            ", ".join(done.left_out),
         )
-        report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
-        if done.left_out:
-            logger.warning(
-                "%d layers were rounded without data, since %s: %s",
-                len(done.left_out),
-                "time was up" if time.monotonic() > deadline else "no tokens reached them",
-                ", ".join(done.left_out),
-            )
-        if method == "calibrated" or time.monotonic() > deadline or not processes.leads:
-            return Choice("calibrated", done.rounded, report)
-        try:
-            tuned = distil(
-                plan, done.rounded, seen, held or seen, deadline=deadline, progress=options.progress
-            )
-        except Exception as error:  # of memory, mostly: what was calibrated is good
-            logger.warning("distillation failed (%s): the calibrated weights are kept", error)
-            return Choice("calibrated", done.rounded, report)
+    if method == "calibrated" or time.monotonic() > deadline or not processes.leads:
+        return Choice("calibrated", done.rounded, report)
+    try:
+        tuned = distil(
+            plan, done.rounded, seen, held or seen, deadline=deadline, progress=options.progress
+        )
+    except Exception as error:  # of memory, mostly: what was calibrated is good
+        logger.warning("distillation failed (%s): the calibrated weights are kept", error)
+        return Choice("calibrated", done.rounded, report)
     report |= {"steps": tuned.steps, "kl_before": tuned.before, "kl_after": tuned.after}
     return Choice("tuned", tuned.rounded, report)
 

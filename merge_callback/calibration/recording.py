@@ -161,8 +161,13 @@ def final_input(model: PreTrainedModel, batch: Batch) -> Tensor:
     with ExitStack() as undo:
         hooked(undo, head)
         head.register_forward_pre_hook(stop)
-        try:
-            model(**inputs)
-        except Reached as reached:
-            return reached.value
+        return _reached(model, inputs)
+
+
+def _reached(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """What a forward that is stopped has found."""
+    try:
+        model(**inputs)
+    except Reached as reached:
+        return reached.value
     raise MergeError("the model has an output layer that its forward does not use")

@@ -33,6 +33,7 @@ from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
 from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
 from merge_callback.live import keep_cpu_weights_unpacked, read_weights
+from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
 from merge_callback.stand_ins import generators_kept, standing_in
 from merge_callback.undo import Undone, put
@@ -60,8 +61,8 @@ def rebuild(
     path = Path(path)
     try:
         refuse_hostile(path, trust_remote_code=trust_remote_code)
-        kind: Any = model_class or _named_class(path, trust_remote_code)
-        with _no_progress_bar(), _in_this_process():
+        with asking_nobody(), _no_progress_bar(), _in_this_process():
+            kind: Any = model_class or _named_class(path, trust_remote_code)
             model, found = kind.from_pretrained(
                 path,
                 device_map={"": "cpu"},

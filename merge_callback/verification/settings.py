@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.companions import SavedProcessor
 from merge_callback.engines import class_of
+from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
 
 _PROBE_TEXT = "The 7 quick foxes' jump - über 3.14 日本語 🙂\n\tdef f(x): return x ** 2"
@@ -126,9 +127,10 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
         return
     if not hasattr(type(given), "from_pretrained"):
         return
-    loaded = type(given).from_pretrained(
-        place, local_files_only=True, trust_remote_code=_is_custom(given)
-    )
+    with asking_nobody():
+        loaded = type(given).from_pretrained(
+            place, local_files_only=True, trust_remote_code=_is_custom(given)
+        )
     given = copy.deepcopy(given)  # encoding sets truncation and padding of a fast tokenizer
     pairs = [(getattr(p, "tokenizer", p)) for p in (given, loaded)]
     if hasattr(pairs[0], "get_vocab"):
