@@ -32,6 +32,11 @@ INTRODUCTIONS = {
         "directory to rename it, and lock nothing: drafts of other hosts are left alone there,",
         "and a process that dies while the copy is made leaves a directory without a manifest,",
         "which is no version. Write to a local disk, and push or copy from there, if you can.",
+        "",
+        "The table of planted faults says what verification makes of a fault in the code that",
+        "merges, rounds and writes, in configs, tokenizer, buffers, files and data: *refused*,",
+        "*said* in a warning, or *published*. The same fault is planted with data to compare",
+        "outputs on and without.",
     ],
 }
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
