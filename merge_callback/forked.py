@@ -39,13 +39,13 @@ def forked(draw: Callable[[], Iterable[Any]]) -> Iterator[Mapping[str, Any]]:
         receiver, sender = multiprocessing.Pipe(duplex=False)
         undo.callback(receiver.close)
         undo.callback(sender.close)
-        undo.callback(_end, _fork(sender, draw))
+        undo.callback(_end, _fork(receiver, sender, draw))
         sender.close()
         while (batch := _next(receiver)) is not None:
             yield batch
 
 
-def _fork(sender: Connection, draw: Callable[[], Iterable[Any]]) -> int:
+def _fork(receiver: Connection, sender: Connection, draw: Callable[[], Iterable[Any]]) -> int:
     """The number of a process that sends what `draw` gives; in that process it does not return."""
     try:
         with warnings.catch_warnings():
@@ -54,6 +54,7 @@ def _fork(sender: Connection, draw: Callable[[], Iterable[Any]]) -> int:
     except OSError as error:
         raise MergeError(f"no process can be started to read it: {error}") from error
     if not process:
+        receiver.close()  # so that sending fails once nobody receives
         _serve(sender, draw)
     return process
 
@@ -72,8 +73,9 @@ def _next(receiver: Connection) -> Mapping[str, Any] | None:
 
 
 def _end(process: int) -> None:
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def _serve(sender: Connection, draw: Callable[[], Iterable[Any]]) -> None:

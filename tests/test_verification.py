@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from models import adapt, load_base, qlora, same, save_base, snapshot, tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_calibration import batches, quantised
 from transformers import (
@@ -20,6 +21,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,11 +31,14 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 from merge_callback import (
     CorruptVersion,
     MergeError,
+    MergeOnSaveCallback,
     MergeRefused,
     MergeStore,
     VerificationError,
@@ -47,6 +53,7 @@ from merge_callback.live import Weight
 from merge_callback.merging import Merging
 from merge_callback.options import MergeOptions
 from merge_callback.processes import PeerError
+from merge_callback.rounding import grid
 from merge_callback.stand_ins import without_adapters
 from merge_callback.store import Draft
 from merge_callback.verification import arithmetic, checks, limits, outputs, rebuilt, tensors
@@ -966,12 +973,15 @@ def figures(**changes):
         ({"gain_kept": 0.69}, "keeps 69.0% of what training gained"),
         ({"gain_kept": 1.27}, None),  # a quarter, and three standard errors of 0.01
         ({"gain_kept": -0.4, "gain_error": 0.6}, None),  # of two steps at 1e-6: noise
-        ({"gain_kept": None, "kl": 0.07}, "KL 0.07 nats, and 16 bits explain 0.065"),
+        ({"gain_kept": None, "kl": 0.07}, "KL 0.07 nats, and 16-bit rounding explains 0.065"),
         ({"gain_kept": None, "kl": 0.06}, None),
-        ({"kl_base": None, "kl": 0.021}, "16 bits explain 0.02"),
-        ({"kl": None, "error": 0.1151}, "outputs are off by 0.12, and 16 bits explain 0.12"),
+        ({"kl_base": None, "kl": 0.021}, "16-bit rounding explains 0.02"),
+        (
+            {"kl": None, "error": 0.1151},
+            "outputs are off by 0.12, and 16-bit rounding explains 0.12",
+        ),
         ({"kl": None, "error": 0.11}, None),
-        ({"kl": None, "error_base": None, "error": 0.11}, "16 bits explain 0.1"),
+        ({"kl": None, "error_base": None, "error": 0.11}, "16-bit rounding explains 0.1"),
         ({"finite": False}, "are not finite"),
     ],
 )
@@ -1000,3 +1010,118 @@ def test_the_figures_of_the_base_are_its_own(tmp_path, model):
     own = compare_outputs(live, None, {"base": base}, data)["base"]
     assert (found.kl_base, found.error_base) == (own.kl, own.error)
     assert found.kl_base > 0 and own.kl_base is None and own.error_base is None
+
+
+# --- what is right is published ------------------------------------------------------------------
+
+
+def test_a_config_without_a_cache_that_a_trainer_turns_off_is_no_difference(tmp_path):
+    """The key that Trainer sets is written, and dropped when the config is loaded."""
+    config = DistilBertConfig(dim=64, n_layers=1, n_heads=2, hidden_dim=96, vocab_size=304)
+    torch.manual_seed(1)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(loaded, LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"]))
+    rows = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 8, "labels": [0, 1] * 4})
+    callback = MergeOnSaveCallback()
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to=[],
+        disable_tqdm=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    Trainer(model=model, args=args, train_dataset=rows, callbacks=[callback]).train()
+    assert model.config.use_cache is False
+    assert callback.results[0].manifest["verification"]["problems"] == []
+
+
+def test_sides_that_a_tokenizer_does_not_save_are_no_difference(tmp_path, model):
+    words = tokenizer()
+    words.padding_side = words.truncation_side = "left"
+    merge_adapter(model, tmp_path / "out", processing_class=words, progress=False)
+    assert words.padding_side == words.truncation_side == "left"
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {}])
+def test_weights_that_grow_along_themselves_are_published(tmp_path, settings):
+    """Values at the ends of the table cannot move outwards, whatever the dice say."""
+    base = load_base(save_base(tmp_path / "base", intermediate_size=1024), "nf4-nested")
+    model = adapt(base, scale=1e-4, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.03)
+    merge_adapter(model, tmp_path / "out", rounding="stochastic", progress=False)
+
+
+def test_rows_of_nothing_and_of_little_are_published(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    with torch.no_grad():
+        weight[:32] = 0
+        weight[32:64] *= 1e-3
+        weight[64:96] *= 3e-2
+    merge_adapter(model, tmp_path / "out", save_method="merged_4bit", progress=False)
+
+
+def test_a_model_of_float16_is_published(tmp_path):
+    base = load_base(save_base(tmp_path / "base", rope_theta=1e6), "float32").half()
+    assert base.model.rotary_emb.inv_freq.dtype == torch.float16
+    merge_adapter(adapt(base), tmp_path / "out", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_with_an_adapter_of_16_bits_are_published(tmp_path):
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=304, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = adapt(base, target_modules=["q_proj"], target_parameters=fused, lora_alpha=11)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    merge_adapter(model, tmp_path / "out", progress=False)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+
+
+def test_an_adapter_whose_scaling_is_its_own_is_published(tmp_path):
+    base = load_base(save_base(tmp_path / "base"), "float32")
+    settings = AdaLoraConfig(task_type="CAUSAL_LM", total_step=10, target_modules=["q_proj"])
+    model = get_peft_model(base, settings)
+    merge_adapter(model, tmp_path / "out", save_method="lora", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested"])
+def test_a_scale_that_is_off_by_little_is_found(tmp_path, model, monkeypatch, kind):
+    model = qlora(tmp_path, kind)
+    nest, stored = grid.Grid.nest, grid.Grid.stored
+
+    def wrong(self, scales):
+        return nest(self, 1.02 * scales)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid.Grid, "nest", wrong)
+        if kind == "nf4":
+            patch.setattr(
+                grid.Grid, "largest", lambda self, run, own=grid.Grid.largest: 1.02 * own(self, run)
+            )
+        assert "_proj.weight" in refused(tmp_path, model, rounding="nearest")
+    assert grid.Grid.stored is stored
+
+
+def test_an_outlier_hides_no_wrong_value_of_32_bits(tmp_path, monkeypatch):
+    model = qlora(tmp_path, "float32")
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    with torch.no_grad():
+        weight[0, 0] = 1000.0
+
+    def off(path):
+        found = load_file(path / "model.safetensors")
+        found["model.layers.0.mlp.up_proj.weight"][5] *= 1.01
+        save_file(found, path / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(Draft, "verify", lambda self: None)
+    before_sealing(monkeypatch, off)
+    assert "layers.0.mlp.up_proj.weight" in refused(tmp_path, model)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
@@ -80,6 +80,10 @@ def _canonical(value: Any) -> Any:
 
 def _scaling_problems(model: PeftModel, name: str) -> Iterator[str]:
     config: Any = model.peft_config[name]
+    if (
+        config.peft_type != PeftType.LORA
+    ):  # AdaLoRA's layers are LoRA's, with a scaling of their own
+        return
     for path, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue

@@ -139,6 +139,9 @@ def _parameter_error(plan: Plan, name: str, layer: ParamWrapper) -> float:
     weight = plan.weights[f"{name}.{layer.parameter_name}"]
     device = weight.stored.device
     wide: Any = copy.copy(layer)  # PEFT casts what it adds to the parameter's dtype
+    wide._modules = dict(layer._modules)
+    for factor in ("lora_A", "lora_B"):
+        wide._modules[factor] = copy.deepcopy(layer._modules[factor]).float()
     shape = torch.empty(weight.stored.shape, device="meta")
     wide.get_param = lambda: _Float32(shape.shape, device)
     names = [n for n in layer.active_adapters if n in layer.lora_A]
@@ -208,7 +211,8 @@ def _base_error(plan: Plan, key: str) -> float | None:
     theirs = _apart_from_the_live(module)(inputs).float()
     base = _decoded(stored, device).float()
     ours = inputs.float() @ base.t()
-    rows = base.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    smallest = torch.finfo(dtype).tiny * stored.shape[1] ** 0.5  # below, float16 is subnormal
+    rows = base.norm(dim=1).clamp(min=smallest)
     off = ((theirs - ours) / rows).abs()  # an output of such inputs is about as large as its row
     # A fused kernel need not round what it decodes to the dtype that `decode` gives.
     unit = max(torch.finfo(dtype).eps, torch.finfo(stored.dtype).eps, _FLOAT32)

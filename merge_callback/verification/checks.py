@@ -76,10 +76,10 @@ class Verification:
             found = list(problems())
         except PeerError:
             raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            self.leave_out(what, f"memory is short: {error}")
-            return
         except Exception as error:
+            if is_short_of_memory(error):
+                self.leave_out(what, f"memory is short: {error}")
+                return
             logger.debug("%s", what, exc_info=error)
             found = [f"{what} could not be checked: {type(error).__name__}: {error}"]
         self.problems += found
@@ -162,7 +162,8 @@ def verify_models(
         if not done.comparisons and not done.problems:
             done.checks.setdefault("outputs", f"not run: {why}")
     for method, comparison in done.comparisons.items():
-        found = list(misses(method, comparison, options, kept.get(method, {})))
+        known = kept.get(method, {})
+        found = list(misses(method, comparison, options, known, routed=_has_experts(plan)))
         done.problems += found
         done.checks[f"{method}: outputs"] = _FAILED if found else _PASSED
     limits = options.min_gain_kept is not None or options.max_kl is not None
@@ -183,6 +184,11 @@ def verify_beside_training(plan: Plan, options: MergeOptions, written: Written) 
     for what in ("weights as they are loaded", "outputs"):
         done.checks[what] = "not run: training went on"
     return _judged(done, options)
+
+
+def _has_experts(plan: Plan) -> bool:
+    fields = vars(plan.model.config.get_text_config())
+    return any("expert" in name and isinstance(n, int) and n > 1 for name, n in fields.items())
 
 
 def _check_arithmetic(done: Verification, plan: Plan) -> None:
@@ -216,6 +222,9 @@ def _check_model(
     try:
         model = rebuild(place, class_of(plan.model))
     except CorruptVersion as error:
+        if is_short_of_memory(error.__cause__):
+            done.leave_out(f"{method}: weights", f"memory is short: {error.__cause__}")
+            return None
         done.problems.append(str(error))
         done.checks[f"{method}: weights"] = _FAILED
         return None
@@ -277,20 +286,27 @@ def _compare(
         done.comparisons |= silent.figures
         done.data = data if silent.figures else None
         for method, error in silent.errors.items():
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_short_of_memory(error):
                 return _not_compared(done, f"memory is short: {error}")
             done.problems.append(f"{method}: it does not run: {error}")
             done.checks[f"{method}: outputs"] = _FAILED
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return _not_compared(done, f"memory is short: {error}")
     except Unusable as error:
         return _not_compared(done, str(error))
     except PeerError:
         raise
     except Exception as error:
+        if is_short_of_memory(error):
+            return _not_compared(done, f"memory is short: {error}")
         done.problems.append(f"outputs could not be compared: {type(error).__name__}: {error}")
         done.checks["outputs"] = _FAILED
     return ""
+
+
+def is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether there was no memory; on the CPU torch says so in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _not_compared(done: Verification, why: str) -> str:

@@ -15,6 +15,7 @@ from merge_callback.verification.outputs import Comparison
 _SHOWN = 5
 _NOISE_KL = 0.02  # nats a row; two implementations of one 16-bit model differ by up to 0.005
 _NOISE_ERROR = 0.1  # of logits, relative
+_ROUTED = 4.0  # times the noise: a token that goes to another expert is far off
 _SHARE = 0.05  # of how far the base is away
 _GAIN = 0.25  # that 16 bits may be off, and as many standard errors:
 _ERRORS = 3.0
@@ -22,39 +23,51 @@ _LOST_KL = 1.0  # nats a row beyond twice the base's; no rounding to 4 bits does
 
 
 def misses(
-    method: str, found: Comparison, options: MergeOptions, kept: Mapping[str, Retention]
+    method: str,
+    found: Comparison,
+    options: MergeOptions,
+    kept: Mapping[str, Retention],
+    *,
+    routed: bool = False,
 ) -> Iterator[str]:
-    """Figures that are worse than they may be, or than was asked for."""
+    """Figures that are worse than they may be, or than was asked for.
+
+    Args:
+        routed: the model has experts, and a router that noise can turn.
+    """
     if not found.finite:
         yield f"{method}: its outputs, or the live model's, are not finite"
         return
     # On the original base it is another model by itself, which may have gained less.
     if method == "merged_16bit" and options.base == "live":
-        yield from _noise_misses(method, found, options)
+        yield from _noise_misses(method, found, options, _ROUTED if routed else 1.0)
     far = None not in (found.kl, found.kl_base)
     if far and found.kl > 2 * found.kl_base + _LOST_KL:  # type: ignore[operator]
         yield (
             f"{method}: KL {found.kl:.3g} nats, and {found.kl_base:.3g} for the base without the "
-            "adapter: it is no model of what was trained; report it"
+            "adapter: the merged model does not reproduce the trained one; report it"
         )
     yield from _limit_misses(method, found, options, kept)
 
 
-def _noise_misses(method: str, found: Comparison, options: MergeOptions) -> Iterator[str]:
+def _noise_misses(
+    method: str, found: Comparison, options: MergeOptions, noise: float
+) -> Iterator[str]:
     """Bounds that hold from both sides, and where no gain can be told."""
     cure = "use dtype='float32', and if that is no nearer, report it"
     gain = found.gain_kept
     if gain is not None and options.min_gain_kept is None:
-        slack = _GAIN + _ERRORS * (found.gain_error or 0.0)
+        slack = noise * _GAIN + _ERRORS * (found.gain_error or 0.0)
         if abs(gain - 1) > slack:
             yield f"{method}: keeps {gain:.1%} of what training gained; {cure}"
     if found.kl is not None and options.max_kl is None:
-        most = _NOISE_KL + _SHARE * (found.kl_base or 0.0)
+        most = noise * _NOISE_KL + _SHARE * (found.kl_base or 0.0)
         if not found.kl <= most:
-            yield f"{method}: KL {found.kl:.3g} nats, and 16 bits explain {most:.2g}; {cure}"
-    most = _NOISE_ERROR + _SHARE * (found.error_base or 0.0)
+            told = f"KL {found.kl:.3g} nats, and 16-bit rounding explains {most:.2g}"
+            yield f"{method}: {told}; {cure}"
+    most = noise * _NOISE_ERROR + _SHARE * (found.error_base or 0.0)
     if not found.error <= most:
-        told = f"outputs are off by {found.error:.2g}, and 16 bits explain {most:.2g}"
+        told = f"outputs are off by {found.error:.2g}, and 16-bit rounding explains {most:.2g}"
         yield f"{method}: {told}; {cure}"
 
 

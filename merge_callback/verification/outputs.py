@@ -134,7 +134,7 @@ class Unusable(MergeError):
 def _of_the_live(live: Speaker, piece: Batch) -> tuple[Tensor, bool]:
     try:
         return live.outputs(piece)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # too long for it, or columns that are not its inputs
         raise Unusable(f"the live model does not run on these data: {error}") from error

@@ -1,14 +1,18 @@
 """What stands beside the weights, against what was meant: configs, tokenizer or processor.
 
 What lies in the directory is loaded by transformers' own classes and compared with the live
-objects, field by field, less what the trainer changed for itself. Knows nothing of weights.
+objects, field by field. What the trainer changed for itself counts as it was before; what
+transformers itself loses when it saves and loads a live object counts as lost. Knows nothing of
+weights.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,38 +50,61 @@ def config_problems(
     Args:
         restored: values of the text config that the trainer has changed and the file has back.
     """
-    live = plan.model.config
-    loaded = type(live).from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    wanted, found = _fields(live), _fields(loaded)
+    live = copy.deepcopy(plan.model.config)  # saving a config changes it
+    kind: Any = type(live)
+    wanted = _fields(live)
     for name, value in restored.items():
-        setattr_in(wanted, live, name, value)
+        _set_in_text(wanted, live, name, value)
     if plan.ties_broken:
         wanted["tie_word_embeddings"] = False
-        setattr_in(wanted, live, "tie_word_embeddings", False)
+        _set_in_text(wanted, live, "tie_word_embeddings", False)
     wanted["architectures"] = [class_of(plan.model).__name__]
     if method == "merged_16bit" or not plan.base_is_4bit:
         wanted["dtype"] = str(plan.dtype).removeprefix("torch.")
-    quantised = found.pop("quantization_config", None)
-    quantised_live = wanted.pop("quantization_config", None)
-    yield from _field_problems("config.json", wanted, found)
-    if method == "merged_16bit":
-        if quantised is not None:
+    expected = _quantization(plan, method, wanted.pop("quantization_config", None))
+
+    def differences(loaded: Any) -> Iterator[str]:
+        found = _fields(loaded)
+        quantised = found.pop("quantization_config", None)
+        yield from _field_problems("config.json", wanted, found)
+        if expected is None and quantised is not None:
             yield "config.json: it has a quantization_config, and 16 bits have none"
-        return
-    expected = _quantization(plan, method, quantised_live)
-    shown = {name: (quantised or {}).get(name) for name in expected}
-    yield from _field_problems("config.json: quantization_config", expected, shown)
+        elif expected is not None:
+            shown = {name: (quantised or {}).get(name) for name in expected}
+            yield from _field_problems("config.json: quantization_config", expected, shown)
+
+    def load(directory: Path) -> Any:
+        return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+    yield from _unexplained(differences, load, load(place), live)
 
 
-def setattr_in(fields: dict[str, Any], config: Any, name: str, value: Any) -> None:
+def _unexplained(
+    differences: Callable[[Any], Iterable[str]],
+    load: Callable[[Path], Any],
+    loaded: Any,
+    live: Any,
+) -> list[str]:
+    """How `loaded` differs, but for what transformers itself loses when it saves `live`."""
+    found = list(differences(loaded))
+    if not found:
+        return []
+    with tempfile.TemporaryDirectory() as again:
+        live.save_pretrained(again)
+        lost = set(differences(load(Path(again))))
+    return [problem for problem in found if problem not in lost]
+
+
+def _set_in_text(fields: dict[str, Any], config: Any, name: str, value: Any) -> None:
     """Set a field of the text config in the nested fields of a config."""
     text = config.get_text_config()
     if text is config:
         fields[name] = value
         return
     for part, inner in vars(config).items():
-        if inner is text and isinstance(fields.get(part), dict):
-            fields[part][name] = value
+        if hasattr(inner, "get_text_config") and isinstance(fields.get(part), dict):
+            if inner is text or inner.get_text_config() is text:
+                _set_in_text(fields[part], inner, name, value)
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -85,8 +112,10 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _ORIGINS}
 
 
-def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the quantization_config of 4-bit output has to say."""
+def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the quantization_config of an output has to say; None: there is none."""
+    if method == "merged_16bit":
+        return None
     if plan.base_is_4bit:
         settings = dict(live or {})
         settings["bnb_4bit_quant_storage"] = "uint8"
@@ -107,14 +136,20 @@ def generation_problems(plan: Plan, place: Path) -> Iterator[str]:
     live = getattr(plan.model, "generation_config", None)
     if live is None or not plan.model.can_generate():
         return
-    loaded = GenerationConfig.from_pretrained(place, local_files_only=True)
-    wanted, found = (
-        {k: v for k, v in json.loads(c.to_json_string(use_diff=False)).items() if k not in _ORIGINS}
-        for c in (live, loaded)
-    )
-    for fields in (wanted, found):
-        fields.pop("_from_model_config", None)
-    yield from _field_problems("generation_config.json", wanted, found)
+    live = copy.deepcopy(live)
+    wanted = _generation_fields(live)
+
+    def differences(loaded: Any) -> Iterator[str]:
+        yield from _field_problems("generation_config.json", wanted, _generation_fields(loaded))
+
+    def load(directory: Path) -> Any:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+    yield from _unexplained(differences, load, load(place), live)
+
+
+def _generation_fields(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in _fields(config).items() if k != "_from_model_config"}
 
 
 def processor_problems(place: Path, given: Any) -> Iterator[str]:
@@ -127,12 +162,32 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
         return
     if not hasattr(type(given), "from_pretrained"):
         return
-    with asking_nobody():
-        loaded = type(given).from_pretrained(
-            place, local_files_only=True, trust_remote_code=_is_custom(given)
-        )
     given = copy.deepcopy(given)  # encoding sets truncation and padding of a fast tokenizer
-    pairs = [(getattr(p, "tokenizer", p)) for p in (given, loaded)]
+    kind: Any = type(given)
+
+    def load(directory: Path) -> Any:
+        with asking_nobody():
+            trusted = _is_custom(given)
+            return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
+
+    loaded = load(place)
+    yield from _vocabulary_problems(given, loaded)
+    yield from _unexplained(partial(_processor_differences, given), load, loaded, given)
+
+
+def _vocabulary_problems(given: Any, loaded: Any) -> Iterator[str]:
+    """Whether both make the same tokens of a text. What is lost there is lost to everybody."""
+    given, loaded = (getattr(p, "tokenizer", p) for p in (given, loaded))
+    if not hasattr(given, "get_vocab"):
+        return
+    texts = (_PROBE_TEXT, given.decode(list(range(min(3, len(given))))))
+    same = loaded.get_vocab() == given.get_vocab()
+    if not same or any(loaded.encode(text) != given.encode(text) for text in texts):
+        yield "the tokenizer saved there is not the one of the training"
+
+
+def _processor_differences(given: Any, loaded: Any) -> Iterator[str]:
+    pairs = [getattr(p, "tokenizer", p) for p in (given, loaded)]
     if hasattr(pairs[0], "get_vocab"):
         yield from _tokenizer_problems(*pairs)
     for part in _PARTS:
@@ -158,10 +213,6 @@ def _template(processor: Any) -> Any:
 
 
 def _tokenizer_problems(given: Any, loaded: Any) -> Iterator[str]:
-    texts = (_PROBE_TEXT, given.decode(list(range(min(3, len(given))))))
-    same = loaded.get_vocab() == given.get_vocab()
-    if not same or any(loaded.encode(text) != given.encode(text) for text in texts):
-        yield "the tokenizer saved there is not the one of the training"
     wanted, found = (
         {name: _plain(getattr(t, name, None)) for name in _OF_TOKENIZERS}
         | {"added_tokens": {str(i): str(token) for i, token in t.added_tokens_decoder.items()}}

@@ -23,15 +23,16 @@ from merge_callback.codecs.plain import Plain
 from merge_callback.cores import in_order
 from merge_callback.live import Weight, read_weights
 from merge_callback.plan import Plan
+from merge_callback.rounding.grid import NESTED_BLOCKSIZE, Grid
 
 _FEW = 0.005  # share of values that may round the other way, as a sum on another device does
 _FAR = 0.5  # relative error; rounding to 4 bits without data gives 0.1
 _FAR_BY_CHOICE = 0.7  # with data more: what one layer loses another makes good
 _BOUNDARY = 2e-3  # of a scale: other devices add in other orders
-_SCALE = 0.15  # relative; double quantisation moves a scale by a few percent
+_SCALE = 1e-6  # relative: what another device adds up otherwise
+_NESTED = 0.0072  # of the largest of 256 scales less their offset: half a gap of the 8-bit map
 _OUTGROWN = 1.1
 _UNBIASED = 6.0  # standard errors that a sum of random roundings may be off
-_CLIPPED = 0.03  # of what was trained: values at the end of the table cannot move outwards
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ def _of_floats(
     values = there.reshape(-1)
     apart = size = 0.0
     unequal, beyond, done = 0, False, 0
-    for _, exact in _parts(weight, device):
+    for base, exact in _parts(weight, device):
         value = values[done : done + len(exact)]
         done += len(exact)
         if not _is_computed(exact.dtype):
             beyond = beyond or not _same_bytes(exact, value)
             continue
         wanted = exact.to(dtype).to(value.dtype)
-        differing, far = _differences(value, wanted)
+        differing, far = _differences(value, wanted, base)
         unequal, beyond = unequal + differing, beyond or far
         both = exact.isfinite() & value.isfinite()
         apart += float((exact.double() - value.double())[both].pow(2).sum())
@@ -149,16 +150,20 @@ def _same_bytes(exact: Tensor, there: Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def _differences(one: Tensor, other: Tensor) -> tuple[int, bool]:
-    """How many values differ, and whether one does by more than rounding the other way."""
+def _differences(one: Tensor, other: Tensor, base: Tensor) -> tuple[int, bool]:
+    """How many values differ, and whether one does by more than rounding the other way.
+
+    Args:
+        base: what `other` is a sum of, with the adapter's change.
+    """
     unequal = int(((one != other) & ~(one.isnan() & other.isnan())).sum())
     if not unequal:
         return 0, False
     limits = torch.finfo(one.dtype)
-    if one.dtype.itemsize > 2:  # sums of floats differ in their last places, and that is no matter
-        largest = float(other[other.isfinite()].abs().max())
-        near = torch.allclose(one, other, rtol=16 * limits.eps, atol=16 * limits.eps * largest)
-        return 0, not near
+    if one.dtype.itemsize > 2:  # sums of floats differ in the last places of their summands
+        size = other.abs() + base.to(other.dtype).abs()
+        close = (one - other).abs() <= 32 * limits.eps * size + limits.tiny
+        return 0, not bool((close | (one == other) | (one.isnan() & other.isnan())).all())
     near = torch.allclose(one, other, rtol=2 * limits.eps, atol=2 * limits.tiny * limits.eps)
     return unequal, not near
 
@@ -195,11 +200,11 @@ def _of_4_bits(
     sums = _Sums()
     if container.rounded is not None:
         chosen = _unpacked(container.rounded.packed.to(device), len(values))
-        sums.broken = not torch.equal(codes, chosen)
-        sums.broken = sums.broken or not _near(scales, container.rounded.scales.to(device))
+        fits = _fits(container.grid, scales, container.rounded.scales.to(device))
+        sums.broken = not torch.equal(codes, chosen) or not fits
     kept = None if container.base is None else container.base.scales(device)
     table = _Table.of(container.grid.quant_type, device)
-    done, size = 0, container.grid.blocksize
+    done, size, wanted_scales = 0, container.grid.blocksize, []
     for base, exact in _parts(weight, device):
         run, blocks = (slice(done // n, -(-(done + len(exact)) // n)) for n in (1, size))
         done += len(exact)
@@ -207,10 +212,15 @@ def _of_4_bits(
             wanted = _wanted_scales(exact, size, None if kept is None else kept[blocks])
             # bitsandbytes rounds under a scale that is not quantised yet.
             own = wanted if kept is None else scales[blocks]
-            sums.broken = sums.broken or not _fits(scales[blocks], wanted)
+            wanted_scales.append(wanted)
+            # Blocks that have outgrown their scale are rounded to nearest.
+            fair = None if kept is None else (wanted == kept[blocks]).repeat_interleave(size)
             own = own.repeat_interleave(size)[: len(exact)]
-            sums.add_codes(table, codes[run], base, exact, own, at_random=kept is not None)
+            sums.add_codes(table, codes[run], base, exact, own, fair)
         sums.add(exact.float(), values[run].float())
+    if wanted_scales:
+        fits = _fits(container.grid, scales, torch.cat(wanted_scales))
+        sums.broken = sums.broken or not fits
     return sums.deviation(chosen=container.rounded is not None)
 
 
@@ -226,12 +236,6 @@ def _unpacked(packed: Tensor, count: int) -> Tensor:
     return torch.stack([flat >> 4, flat & 15], 1).reshape(-1)[:count]
 
 
-def _near(stored: Tensor, chosen: Tensor) -> bool:
-    """Whether scales are those that were chosen, but for double quantisation."""
-    spread = float((chosen - chosen.mean()).abs().max())
-    return bool(((stored - chosen).abs() <= _SCALE * spread + 1e-6 * chosen.abs()).all())
-
-
 def _wanted_scales(exact: Tensor, size: int, kept: Tensor | None) -> Tensor:
     """Each block's largest magnitude; its base's scale where it has not outgrown that."""
     magnitudes = torch.nn.functional.pad(exact.float().abs(), (0, -len(exact) % size))
@@ -239,8 +243,14 @@ def _wanted_scales(exact: Tensor, size: int, kept: Tensor | None) -> Tensor:
     return largest if kept is None else torch.where(largest > _OUTGROWN * kept.abs(), largest, kept)
 
 
-def _fits(scales: Tensor, wanted: Tensor) -> bool:
-    slack = _SCALE * torch.maximum(wanted.abs(), wanted.abs().mean())
+def _fits(grid: Grid, scales: Tensor, wanted: Tensor) -> bool:
+    """Whether a loader has these scales, but for double quantisation."""
+    slack = _SCALE * wanted.abs() + torch.finfo(torch.float32).tiny
+    if grid.nested:
+        apart = (wanted - (wanted.mean() if grid.offset is None else grid.offset)).abs()
+        padded = torch.nn.functional.pad(apart, (0, -len(apart) % NESTED_BLOCKSIZE))
+        largest = padded.view(-1, NESTED_BLOCKSIZE).amax(1).repeat_interleave(NESTED_BLOCKSIZE)
+        slack = slack + _NESTED * largest[: len(wanted)]
     return bool(((scales - wanted).abs() <= slack).all())
 
 
@@ -255,7 +265,6 @@ class _Lean:
     total: float = 0.0
     variance: float = 0.0
     largest: float = 0.0
-    slack: float = 0.0
 
     def add(self, error: Tensor, gap: Tensor, direction: Tensor) -> None:
         """Args: error: code minus value; gap: between the value's neighbours; both scaled."""
@@ -266,7 +275,7 @@ class _Lean:
 
     @property
     def is_off(self) -> bool:
-        most = _UNBIASED * math.sqrt(self.variance) + _UNBIASED**2 / 3 * self.largest + self.slack
+        most = _UNBIASED * math.sqrt(self.variance) + _UNBIASED**2 / 3 * self.largest
         return not abs(self.total) <= most
 
 
@@ -291,23 +300,28 @@ class _Sums:
         base: Tensor,
         exact: Tensor,
         scales: Tensor,
-        *,
-        at_random: bool,
+        fair: Tensor | None,
     ) -> None:
-        """Look at each code: is it next to the exact value? Are those rounded at random fair?"""
+        """Look at each code: is it next to the exact value? Are those rounded at random fair?
+
+        Args:
+            fair: which values are rounded at random; None: none, all are rounded to nearest.
+        """
         index = codes.int()
         ratio = torch.where(scales == 0, 0, exact.float() / scales)
         error = table.value.index_select(0, index) - ratio
         below, above = (t.index_select(0, index) for t in (table.below, table.above))
         gap = torch.where(error > 0, below, above)
-        share = 1.0 if at_random else 0.5
+        share = 0.5 if fair is None else 1.0
         self.broken = self.broken or not bool((error.abs() <= share * gap + _BOUNDARY).all())
-        if at_random:
-            gap = torch.where(gap.isinf(), 0, gap) * scales.abs()
+        if fair is not None:
+            # Beyond the ends of the table there is one neighbour, and nothing to be fair about.
+            between = fair[: len(exact)] & gap.isfinite()
+            gap = torch.where(between, gap * scales.abs(), 0)
+            error = torch.where(between, error, 0)
             change = exact.float() - base.float()
             for lean, direction in zip(self._leans, (torch.ones_like(change), change), strict=True):
                 lean.add(error * scales, gap, direction)
-                lean.slack += _CLIPPED * float(torch.dot(change.abs(), direction.abs()))
 
     def deviation(self, *, chosen: bool) -> Deviation:
         far = not self.apart <= (_FAR_BY_CHOICE if chosen else _FAR) ** 2 * self.size
@@ -339,9 +353,13 @@ def buffer_problems(plan: Plan, rebuilt: PreTrainedModel) -> Iterator[str]:
         value = there.get(name)
         if value is None or wanted.device.type == "meta":
             continue
+        if value.shape != wanted.shape:  # a cache that grows with the input
+            continue
         # A rope that grows with the input has moved since; what it began with is kept beside it.
-        begun = getattr(owner, f"original_{name.rpartition('.')[2]}", None)
-        alike = [t for t in (wanted, begun) if isinstance(t, Tensor)]
+        own = name.rpartition(".")[2]
+        names = (f"original_{own}", own.replace("inv_freq", "original_inv_freq"))
+        begun = [getattr(owner, other, None) for other in names]
+        alike = [t for t in (wanted, *begun) if isinstance(t, Tensor)]
         if not any(_same_values(value, t) for t in alike):
             yield f"{name}: the rebuilt model computes another value than the live one has"
 
@@ -360,5 +378,8 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
     one, other = one.detach().cpu(), other.detach().cpu()
     if not (one.is_floating_point() and other.is_floating_point()):
         return bool((one == other).all())
-    unit = max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
-    return torch.allclose(one.double(), other.double(), rtol=2 * unit, atol=0, equal_nan=True)
+    coarse = max((torch.finfo(t.dtype) for t in (one, other)), key=lambda limits: limits.eps)
+    smallest = coarse.tiny * coarse.eps  # a float16 of a high frequency is subnormal
+    return torch.allclose(
+        one.double(), other.double(), rtol=2 * coarse.eps, atol=smallest, equal_nan=True
+    )
