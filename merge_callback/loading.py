@@ -1,4 +1,4 @@
-"""Load what others have made without a question. Knows nothing of what is loaded."""
+"""Load third-party files without prompting to run their code. Knows nothing of what is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The story of a verification: load the draft, look at all that is in it, let it speak, judge."""
+"""Verification: load the draft, check files, settings and weights, compare outputs, decide."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def _compare(
     batches: Sequence[Batch],
     data: str | None,
 ) -> str:
-    """Let all models speak; why not, if they did not."""
+    """Compare the outputs of all models; why not, if that was not possible."""
     device = input_device(plan.model)
     live = Speaker(plan.model, device)
     base = Speaker(plan.model, device, partial(without_adapters, plan.peft_model))

@@ -63,7 +63,7 @@ class Comparison:
 
 @dataclass
 class Speaker:
-    """A model that answers.
+    """A model and the device it runs on.
 
     Attributes:
         model: it.
