@@ -604,7 +604,8 @@ def test_a_commit_of_others_that_is_titled_like_ours_deletes_nothing(tmp_path, s
 NOW = datetime.now(UTC)
 FUTURE, PAST = (NOW + timedelta(days=2)).isoformat(), (NOW - timedelta(days=900)).isoformat()
 HERE = NOW.isoformat()
-NEWER = {  # (there, here): whether what is there stays
+# (there, here): whether what is there stays. Here the sequence is 2, the second in its directory.
+NEWER = {
     "made later": ({"created": HERE}, {"created": PAST}, True),
     "made earlier": ({"created": PAST}, {"created": HERE}, False),
     "of a clock an hour fast": (
@@ -615,36 +616,26 @@ NEWER = {  # (there, here): whether what is there stays
         {"created": "2026-01-01T12:00:00+05:00"}, {"created": "2026-01-01T08:00:00+00:00"}, False,
     ),
     "one run": (
-        {"created": PAST, "run": "a", "sequence": 2}, {"created": HERE, "run": "a", "sequence": 1},
-        True,
+        {"created": PAST, "run": "a", "sequence": 3}, {"created": HERE, "run": "a"}, True,
     ),
     "one run, in order": (
-        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "a", "sequence": 2},
+        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "a"},
         False,
     ),
     "one run, from the future": (
-        {"created": FUTURE, "run": "a", "sequence": 2},
-        {"created": HERE, "run": "a", "sequence": 1},
-        True,
+        {"created": FUTURE, "run": "a", "sequence": 3}, {"created": HERE, "run": "a"}, True,
     ),
     "two runs": (
-        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "b", "sequence": 2},
-        True,
+        {"created": HERE, "run": "a", "sequence": 1}, {"created": PAST, "run": "b"}, True,
     ),
     "no runs": (
-        {"created": HERE, "run": None, "sequence": 1},
-        {"created": PAST, "run": None, "sequence": 2},
-        True,
+        {"created": HERE, "run": None, "sequence": 1}, {"created": PAST, "run": None}, True,
     ),
     "no numbers": (
-        {"created": HERE, "run": "a", "sequence": "9"},
-        {"created": PAST, "run": "a", "sequence": 2},
-        True,
+        {"created": HERE, "run": "a", "sequence": "9"}, {"created": PAST, "run": "a"}, True,
     ),
     "a bool": (
-        {"created": PAST, "run": "a", "sequence": True},
-        {"created": HERE, "run": "a", "sequence": 0},
-        False,
+        {"created": PAST, "run": "a", "sequence": True}, {"created": HERE, "run": "a"}, False,
     ),
     "lists": ({"created": [], "run": [], "sequence": {}}, {"created": PAST, "run": "a"}, False),
     "no date": ({"created": "soon"}, {"created": PAST}, False),
