@@ -69,7 +69,8 @@ def _compared(
 ) -> Comparison:
     try:
         return compare_outputs(live, base, {"other": other}, batches)["other"]
-    except MergeError:
-        raise
     except Exception as error:  # whatever the models make of it
-        raise MergeError(f"the models do not run on these data: {error}") from error
+        if isinstance(error, MergeError) and error.__cause__ is None:
+            raise
+        told = error.__cause__ if isinstance(error, MergeError) else error
+        raise MergeError(f"the models do not run on these data: {told}") from error
