@@ -35,7 +35,7 @@ def test_the_report_holds_what_was_measured(tmp_path, model):
     whole = json.loads((top / "merge_report.json").read_text())
     manifest = dict(result.manifest)
     tensors = whole.pop("tensors")
-    assert whole == {k: v for k, v in manifest.items() if k not in ("schema", "files")}
+    assert whole == {k: v for k, v in manifest.items() if k not in ("schema", "files", "sequence")}
     assert tensors.keys() == {"merged_4bit", "merged_16bit"}
     for method, by_name in tensors.items():
         kept = manifest["retention"][method]["tensors"]
