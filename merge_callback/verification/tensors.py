@@ -126,11 +126,14 @@ def _of_floats(
             beyond = beyond or not _same_bytes(exact, value)
             continue
         wanted = exact.to(dtype).to(value.dtype)
-        differing, far = _differences(value, wanted, base)
-        unequal, beyond = unequal + differing, beyond or far
-        both = exact.isfinite() & value.isfinite()
-        apart += float((exact.double() - value.double())[both].pow(2).sum())
-        size += float(exact.double()[both].pow(2).sum())
+        if not torch.equal(value, wanted):
+            differing, far = _differences(value, wanted, base)
+            unequal, beyond = unequal + differing, beyond or far
+        off, whole = exact.float() - value.float(), exact.float()
+        if not math.isfinite(float(whole.sum())):
+            off, whole = (t[exact.isfinite() & value.isfinite()] for t in (off, whole))
+        apart += float(torch.dot(off, off))
+        size += float(torch.dot(whole, whole))
     broken = beyond or unequal > _FEW * len(values) + 1
     return Deviation(math.sqrt(apart / size if size else apart), broken)
 
