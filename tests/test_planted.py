@@ -15,6 +15,7 @@ from models import adapt, load_base, save_base, tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_calibration import batches
+from test_verification import before_sealing
 
 import merge_callback.codecs
 from merge_callback import MergeError, merge_adapter
@@ -293,18 +294,6 @@ def _(patch, model):
 
 
 # --- config, generation config, tokenizer ---------------------------------------------------------
-
-
-def before_sealing(patch, change):
-    """Change a draft before it is hashed and verified."""
-    seal = Draft.seal
-
-    def changed(self):
-        if not (self.path / "merge_report.json").exists():
-            change(self.path)
-        seal(self)
-
-    patch.setattr(Draft, "seal", changed)
 
 
 def edit(file, **changes):
