@@ -216,10 +216,14 @@ def _of_4_bits(
             # bitsandbytes rounds under a scale that is not quantised yet.
             own = wanted if kept is None else scales[blocks]
             wanted_scales.append(wanted)
-            # Blocks that have outgrown their scale are rounded to nearest.
-            fair = None if kept is None else (wanted == kept[blocks]).repeat_interleave(size)
-            own = own.repeat_interleave(size)[: len(exact)]
-            sums.add_codes(table, codes[run], base, exact, own, fair)
+            ratio = _over_blocks(exact.float(), own, size)
+            if kept is None:
+                sums.add_nearest(table, codes[run], ratio)
+            else:  # blocks that have outgrown their scale are rounded to nearest
+                fair = (wanted == kept[blocks]).repeat_interleave(size)[: len(exact)]
+                change = exact.float() - base.float()
+                own = own.repeat_interleave(size)[: len(exact)]
+                sums.add_random(table, codes[run], ratio, own, change, fair)
         sums.add(exact.float(), values[run].float())
     if wanted_scales:
         fits = _fits(container.grid, scales, torch.cat(wanted_scales))
@@ -237,6 +241,14 @@ def _unpacked(packed: Tensor, count: int) -> Tensor:
     """Codes of a stock container, (n,) uint8: two to a byte, the first in the high half."""
     flat = packed.detach().view(torch.uint8).reshape(-1)
     return torch.stack([flat >> 4, flat & 15], 1).reshape(-1)[:count]
+
+
+def _over_blocks(values: Tensor, scales: Tensor, size: int) -> Tensor:
+    """Values over the scales of their blocks, (n,) float32; 0 where both are 0."""
+    padded = values
+    if len(values) % size:
+        padded = torch.nn.functional.pad(values, (0, -len(values) % size))
+    return (padded.view(-1, size) / scales[:, None]).view(-1)[: len(values)].nan_to_num_(nan=0.0)
 
 
 def _wanted_scales(exact: Tensor, size: int, kept: Tensor | None) -> Tensor:
@@ -296,35 +308,42 @@ class _Sums:
         self.apart += float(torch.dot(off, off))
         self.size += float(torch.dot(exact, exact))
 
-    def add_codes(
+    def add_nearest(self, table: _Table, codes: Tensor, ratio: Tensor) -> None:
+        """Look at each code: is it within half a gap of the exact value, in units of its scale?"""
+        index = codes.int()
+        low = (table.value - table.below / 2 - _BOUNDARY).index_select(0, index)
+        high = (table.value + table.above / 2 + _BOUNDARY).index_select(0, index)
+        if not (bool((low <= ratio).all()) and bool((ratio <= high).all())):
+            self.broken = True
+
+    def add_random(
         self,
         table: _Table,
         codes: Tensor,
-        base: Tensor,
-        exact: Tensor,
+        ratio: Tensor,
         scales: Tensor,
-        fair: Tensor | None,
+        change: Tensor,
+        fair: Tensor,
     ) -> None:
         """Look at each code: is it next to the exact value? Are those rounded at random fair?
 
         Args:
-            fair: which values are rounded at random; None: none, all are rounded to nearest.
+            ratio: exact values in units of their scales.
+            scales: one for each value.
+            change: what was trained.
+            fair: which values are rounded at random.
         """
         index = codes.int()
-        ratio = torch.where(scales == 0, 0, exact.float() / scales)
         error = table.value.index_select(0, index) - ratio
         below, above = (t.index_select(0, index) for t in (table.below, table.above))
         gap = torch.where(error > 0, below, above)
-        share = 0.5 if fair is None else 1.0
-        self.broken = self.broken or not bool((error.abs() <= share * gap + _BOUNDARY).all())
-        if fair is not None:
-            # Beyond the ends of the table there is one neighbour, and nothing to be fair about.
-            between = fair[: len(exact)] & gap.isfinite()
-            gap = torch.where(between, gap * scales.abs(), 0)
-            error = torch.where(between, error, 0)
-            change = exact.float() - base.float()
-            for lean, direction in zip(self._leans, (torch.ones_like(change), change), strict=True):
-                lean.add(error * scales, gap, direction)
+        self.broken = self.broken or not bool((error.abs() <= gap + _BOUNDARY).all())
+        # Beyond the ends of the table there is one neighbour, and nothing to be fair about.
+        between = fair & gap.isfinite()
+        gap = torch.where(between, gap * scales.abs(), 0)
+        error = torch.where(between, error, 0)
+        for lean, direction in zip(self._leans, (torch.ones_like(change), change), strict=True):
+            lean.add(error * scales, gap, direction)
 
     def deviation(self, *, chosen: bool) -> Deviation:
         far = not self.apart <= (_FAR_BY_CHOICE if chosen else _FAR) ** 2 * self.size
