@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -79,7 +80,9 @@ class Behind:
         choice = choose()
         seconds = time.monotonic() - began
         if beside.processing_class is not None:
-            beside = replace(beside, processing_class=SavedProcessor(beside.processing_class))
+            config: Any = model.config
+            saved = SavedProcessor(beside.processing_class, config)
+            beside = replace(beside, processing_class=saved)
         quiet = replace(options, progress=False)
         wide = less_exact(p.device.type for p in model.parameters())
         taken = snapshot(model)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -28,13 +29,18 @@ from merge_callback import behind
 from merge_callback.background import Outcome
 from merge_callback.batches import Batch, Drawn, TrainingData, datasets_of, take
 from merge_callback.calibration.choice import Choice, choose
-from merge_callback.companions import live_settings
+from merge_callback.companions import (
+    give_back_settings,
+    note_settings,
+    settings_to_restore,
+    take_settings_again,
+)
 from merge_callback.data import Data, gather
 from merge_callback.drafts import Beside, MergeResult
 from merge_callback.errors import MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
 from merge_callback.export import check_merge, export
-from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.live import adapted, keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
 from merge_callback.options import MergeOptions, positive
@@ -43,7 +49,7 @@ from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.publisher import Publisher
 from merge_callback.push import Push
-from merge_callback.report import metrics
+from merge_callback.report import metrics, summary
 from merge_callback.rescue import rescue
 from merge_callback.store import MergeStore
 from merge_callback.versions import identity
@@ -208,7 +214,6 @@ class MergeOnSaveCallback(TrainerCallback):
             if push_to_hub
             else None
         )
-        self._settings: dict[str, Any] | None = None
         self._data: TrainingData | None = None
         self._on_interrupt = on_interrupt
         self._saved: int | None = None  # step of the last checkpoint
@@ -233,9 +238,8 @@ class MergeOnSaveCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Note what the trainer is about to change in the config."""
-        config = getattr(model, "config", None)
-        if model is not None and config is not None:
-            self._settings = live_settings(config)
+        if model is not None:
+            note_settings(model)
             keep_cpu_weights_unpacked(model)
 
     def on_train_begin(
@@ -258,6 +262,7 @@ class MergeOnSaveCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
     ) -> None:
         keep_cpu_weights_unpacked(model)
+        take_settings_again(unwrap_model(model))
         self._merged = self._saved = None
         self._began = time.time() - 2  # some file systems know seconds alone
         if self._behind is not None:  # of a training that was cut off; what failed was said
@@ -367,6 +372,7 @@ class MergeOnSaveCallback(TrainerCallback):
             self._data.close()
         with closing(self._processes):
             self._end(Moment(args, state, model, processing_class, eval_dataloader, None, True))
+        give_back_settings(unwrap_model(model))
 
     def _end(self, moment: Moment) -> None:
         args, state = moment.args, moment.state
@@ -436,7 +442,7 @@ class MergeOnSaveCallback(TrainerCallback):
             options,
             name=moment.name,
             processing_class=moment.processing_class,
-            training=Training(state.global_step, moment.best_step, self._settings, self._run),
+            training=self._training(moment),
             data=self._data_for(moment, plan),
             last=moment.last,
             processes=self._processes,
@@ -448,9 +454,17 @@ class MergeOnSaveCallback(TrainerCallback):
             self._publisher.add(store.version(result.version))
         self._published(moment, state.global_step, result)
 
+    def _training(self, moment: Moment) -> Training:
+        settings = settings_to_restore(unwrap_model(moment.model))
+        return Training(moment.state.global_step, moment.best_step, settings, self._run)
+
     def _published(self, moment: Moment, step: int, result: MergeResult) -> None:
         """Keep, prune and log."""
         self._keep(result)
+        if self._processes.leads and not logger.isEnabledFor(logging.INFO):  # else it was logged
+            several = len(result.paths) > 1
+            place = result.path.parent if several else result.path
+            tqdm.write(summary(result.manifest, place))
         self._prune(self._store(moment.args), moment.state)
         try:
             self._log(moment, step, metrics(result.manifest))
@@ -473,14 +487,14 @@ class MergeOnSaveCallback(TrainerCallback):
             self._chosen_now(moment)
             return
         store = self._store(moment.args)
-        training = Training(moment.state.global_step, None, self._settings, self._run)
+        training = self._training(moment)
 
         def done(result: MergeResult) -> None:
             if self._publisher is not None:  # now, for the process may end before it is asked
                 self._publisher.add(store.version(result.version))
 
         self._behind.merge(
-            unwrap_model(moment.model),
+            adapted(moment.model),
             store,
             self._options,
             Beside(moment.name, moment.processing_class, training, self._datasets),
@@ -529,7 +543,10 @@ class MergeOnSaveCallback(TrainerCallback):
             size = moment.args.per_device_eval_batch_size
             evaluation = Drawn(plan.model, moment.eval_dataloader, size)
         training = None if self._data is None else self._data.batches()
-        return Data(training=training, evaluation=evaluation, datasets=self._datasets)
+        chosen = self._verification_data is not None
+        return Data(
+            training=training, evaluation=evaluation, datasets=self._datasets, chosen=chosen
+        )
 
     def _log(self, moment: Moment, step: int, figures: dict[str, float]) -> None:
         """Into the trainer's history; to its loggers too, where `attach` gave us its `log`."""

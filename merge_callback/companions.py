@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig
+from torch import nn
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer_utils import align_special_tokens
 
+from merge_callback.base_files import base_config, companions_of_base, with_limits_of_base
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.engines import class_of
 from merge_callback.plan import Plan
@@ -31,15 +43,34 @@ def save_companions(
     plan: Plan, method: str, directory: Path, processing_class: Any, restored: Mapping[str, Any]
 ) -> None:
     """Write config, generation config and tokenizer (or processor) of one merged model."""
-    config = _config(plan, method, restored)
+    config, generation = aligned(
+        _config(plan, method, restored), generation_config(plan), processing_class
+    )
     if getattr(plan.model, "_auto_class", None) is not None:  # its code is not transformers' own
         custom_object_save(plan.model, directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)
-    generation = generation_config(plan)
     if generation is not None:
         generation.save_pretrained(directory)
     if processing_class is not None:
         processing_class.save_pretrained(directory)
+    names = [path.name for path in directory.iterdir()]
+    for path in companions_of_base(plan.model.config, processing_class, names):
+        shutil.copyfile(path, directory / path.name)
+
+
+def aligned(
+    config: PretrainedConfig, generation: GenerationConfig | None, processing_class: Any
+) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """Configs whose special tokens are the tokenizer's, as a Trainer has them from its start on.
+
+    They are changed in place. So generation ends at a chat's end of turn that became the EOS.
+    """
+    if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            model = SimpleNamespace(config=config, generation_config=generation)
+            align_special_tokens(model, tokenizer)  # type: ignore[no-untyped-call]
+    return config, generation
 
 
 class SavedProcessor:
@@ -48,8 +79,9 @@ class SavedProcessor:
     Those that are in use cannot be saved by another thread, which may find them "already borrowed".
     """
 
-    def __init__(self, processing_class: Any):
+    def __init__(self, processing_class: Any, config: PretrainedConfig):
         self.name = type(processing_class).__name__
+        processing_class = with_limits_of_base(config, processing_class)
         with tempfile.TemporaryDirectory() as directory:
             processing_class.save_pretrained(directory)
             paths = [path for path in Path(directory).rglob("*") if path.is_file()]
@@ -94,8 +126,64 @@ def generation_config(plan: Plan) -> GenerationConfig | None:
     return copy.deepcopy(found) if plan.model.can_generate() else None
 
 
-def live_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The values of RESTORED as they stand in a live config."""
+def note_settings(model: nn.Module) -> None:
+    """Note, once for each model, the values of RESTORED before a trainer changes them."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        _noted.setdefault(_inner(model), _settings(config))
+        _of_trainers.pop(_inner(model), None)  # a new trainer sets its own
+
+
+def settings_to_restore(model: nn.Module) -> dict[str, Any]:
+    """The values of RESTORED as a user of the model wants them: as they were before a trainer.
+
+    Where nobody has noted them they are the base's. `use_cache` is the base's wherever that is at
+    hand, since training scripts turn it off by themselves.
+    """
+    config: PretrainedConfig = _inner(model).config  # type: ignore[assignment]
+    found = _noted.get(_inner(model))
+    if found is None:
+        base = base_config(config)
+        found = {"use_cache": True} if base is None else _settings(base)
+    known = _settings(config)
+    return {k: v for k, v in {**found, **cache_of_base(config)}.items() if k in known}
+
+
+def cache_of_base(config: PretrainedConfig) -> dict[str, Any]:
+    """The base's `use_cache`; empty where it is not at hand, or has none."""
+    base = base_config(config)
+    found = {} if base is None else _settings(base)
+    return {"use_cache": found["use_cache"]} if "use_cache" in found else {}
+
+
+def give_back_settings(model: nn.Module) -> None:
+    """Set what a trainer has changed in a live config to what it was, once training is over."""
+    inner = _inner(model)
+    _of_trainers[inner] = _settings(inner.config)  # type: ignore[arg-type]
+    _set(inner, settings_to_restore(model))
+
+
+def take_settings_again(model: nn.Module) -> None:
+    """Undo `give_back_settings`: the same trainer goes on training."""
+    inner = _inner(model)
+    _set(inner, _of_trainers.pop(inner, {}))
+
+
+def _set(inner: Any, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        setattr(inner.config.get_text_config(), name, value)
+
+
+# By model: settings before any trainer, and those of the trainer that has ended.
+_noted: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+_of_trainers: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     return {name: getattr(text, name) for name in RESTORED if hasattr(text, name)}
 

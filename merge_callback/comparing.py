@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.modeling_utils import unwrap_model
 
 from merge_callback.batches import Batch, input_device
 from merge_callback.errors import MergeError
 from merge_callback.exact_maths import exact_maths
-from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.live import adapted, keep_cpu_weights_unpacked
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
 from merge_callback.verification.rebuilt import computing_on, rebuild
@@ -44,7 +43,7 @@ def compare(
     base = None
     model: Any
     if isinstance(live, nn.Module):
-        unwrapped = unwrap_model(live)
+        unwrapped = adapted(live)
         keep_cpu_weights_unpacked(unwrapped)
         model = unwrapped
         if isinstance(unwrapped, PeftModel):

@@ -13,6 +13,7 @@ from merge_callback.stand_ins import generators_kept
 
 logger = logging.getLogger(__name__)
 
+_LABELS = frozenset({"labels", "label", "start_positions"})
 _KEPT_APART = 1 / 8  # of the training data, at most, to verify with
 
 
@@ -24,11 +25,18 @@ class Data:
         training: to calibrate with.
         evaluation: to verify with; None: some of `training` is kept apart for it.
         datasets: ids on the Hub, where they are known.
+        chosen: somebody chose them to measure with. False: they are what a trainer gives its
+            model; without labels its loss is another than that of the next token.
     """
 
     training: Iterable[Batch] | None = None
     evaluation: Iterable[Batch] | None = None
     datasets: tuple[str, ...] = ()
+    chosen: bool = True
+
+    def aims_at(self, batches: Sequence[Batch]) -> bool:
+        """Whether what training lowered is the loss on these batches."""
+        return self.chosen or any(not _LABELS.isdisjoint(batch) for batch in batches)
 
 
 def gather(

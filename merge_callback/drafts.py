@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from merge_callback.base_files import with_limits_of_base
 from merge_callback.calibration.choice import Choice
 from merge_callback.card import write_card
 from merge_callback.companions import processor_name, save_adapter, save_companions
@@ -22,17 +23,17 @@ from merge_callback.errors import MergeError
 from merge_callback.manifest import Training, merge_manifest, overall, tensor_figures
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
-from merge_callback.report import write_report
+from merge_callback.report import summary, write_report
 from merge_callback.retention import Retention
 from merge_callback.store import Draft, MergeStore
 from merge_callback.verification.checks import Kept, Verification
+from merge_callback.verification.limits import keeps_little
 from merge_callback.versions import Version
 from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
-_NAMES = {"gain_kept": "gain kept", "kl": "KL"}
-_LITTLE = 0.5  # retention, or gain kept, below which most of what was trained is lost
+_LITTLE = 0.5  # retention below which most of what was trained is lost
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,13 @@ class Clock:
     """Seconds by stage."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
-        self._last = self._start = time.monotonic()
+        self._last = time.monotonic()
         self.seconds: dict[str, float] = dict(seconds or {})
 
     def lap(self, stage: str) -> None:
         now = time.monotonic()
         self.seconds[stage] = round(now - self._last, 3)
         self._last = now
-
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._start
 
 
 def publish(
@@ -100,7 +97,8 @@ def publish(
     stop: Event | None = None,
 ) -> MergeResult:
     """Write a draft, verify it, and make it a version."""
-    processing_class, training = beside.processing_class, beside.training
+    processing_class = with_limits_of_base(plan.model.config, beside.processing_class)
+    training = beside.training
     with store.draft(beside.name) as draft:
         places = _places(plan, draft.path)
         kept = write_weights(plan, options, draft, places, stop)
@@ -129,7 +127,7 @@ def publish(
         _try("the model card", cards)
         draft.seal()
         version = store.publish(draft, beside.name, manifest)
-    _report(plan, version, kept, clock, choice.method)
+    _report(version, kept, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
 
 
@@ -177,37 +175,18 @@ def _places(plan: Plan, top: Path) -> dict[str, Path]:
 
 
 def _report(
-    plan: Plan,
-    version: Version,
-    kept: Mapping[str, Mapping[str, Retention]],
-    clock: Clock,
-    rounding: str | None,
+    version: Version, kept: Mapping[str, Mapping[str, Retention]], rounding: str | None
 ) -> None:
-    values = {method: overall(tensors).value for method, tensors in kept.items()}
-    parts = [f"{m} retention {v:.3f}" for m, v in values.items() if v is not None]
     for method, found in ((version.manifest["verification"] or {}).get("models") or {}).items():
-        for name, spec in (("gain_kept", ".1%"), ("kl", ".5f")):
-            if found.get(name) is not None:
-                parts.append(f"{method} {_NAMES[name]} {found[name]:{spec}}")
-        gain = found.get("gain_kept")
-        if gain is not None and gain < _LITTLE:
+        if keeps_little(found):
             logger.warning(
                 "%s: %s keeps %.1f %% of what training gained; the report tells where it was lost",
                 version.path,
                 method,
-                100 * gain,
+                100 * found["gain_kept"],
             )
-    told = ", ".join(parts)
-    size = sum(file["size"] for file in version.manifest["files"].values())
-    logger.info(
-        "merged %s into %s: %.2f GB in %.1f s%s",
-        ", ".join(plan.methods),
-        version.path,
-        size / 1e9,
-        clock.total,
-        f"; {told}" if told else "",
-    )
-    lost = values.get("merged_4bit")
+    logger.info("%s", summary(version.manifest, version.path))
+    lost = overall(kept["merged_4bit"]).value if "merged_4bit" in kept else None
     if rounding == "nearest" and lost is not None and lost < _LITTLE:
         logger.warning(
             "%s: rounding to 4 bits kept %.1f %% of what the adapter adds to the weights; the "

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import BitsAndBytesConfig
 
 from merge_callback.batches import Batch
 from merge_callback.calibration.choice import choose
-from merge_callback.companions import generation_problems
+from merge_callback.companions import cache_of_base, generation_problems
 from merge_callback.data import Data, gather
 from merge_callback.drafts import Beside, Clock, MergeResult, failed, publish
 from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
@@ -200,6 +201,8 @@ def export(
     """
     check_name(name)
     training, data = training or Training(), data or Data()
+    if training.settings is None:  # no callback has noted what a trainer changed
+        training = replace(training, settings=cache_of_base(plan.model.config))
     keep_cpu_weights_unpacked(plan.model)
     try:
         with exact_maths(weight.stored.device.type for weight in plan.weights.values()):
@@ -248,6 +251,7 @@ def _export(
             kept,
             batches=batches,
             data=told,
+            aimed=data.aims_at(batches) or options.min_gain_kept is not None,
         )
 
     beside = Beside(name, processing_class, training, data.datasets)

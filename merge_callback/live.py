@@ -12,13 +12,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftMixedModel, PeftModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import unwrap_model
 
 from merge_callback.adapters import ALL, Update, kinds
 from merge_callback.codecs import Stored, row_parts
@@ -112,6 +113,29 @@ def read_weights(base: PreTrainedModel) -> dict[str, Weight]:
     return {weight.key: weight for weight in _walk(base, "", replaced=False)}
 
 
+def adapted(model: nn.Module) -> Any:
+    """The model below what engines have wrapped around it, as PEFT has it.
+
+    One whose adapter came from its own `add_adapter` has no wrapper of PEFT's, so it is given one
+    here, which shares all of it.
+    """
+    inner: Any = unwrap_model(model)
+    if not getattr(inner, "_hf_peft_config_loaded", False) or isinstance(inner, PeftModel):
+        return inner
+    names = inner.active_adapters()
+    kind = PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_config[names[0]].peft_type]
+    tuner: Any = kind.__new__(kind)  # making one would add the adapter again
+    wrapped: Any = PeftModel.__new__(PeftModel)
+    for module in (tuner, wrapped):
+        nn.Module.__init__(module)
+    tuner.model, tuner.peft_config, tuner.active_adapter = inner, inner.peft_config, names
+    wrapped.base_model, wrapped.active_adapter = tuner, names[0]
+    wrapped.peft_type = inner.peft_config[names[0]].peft_type
+    wrapped._peft_config, wrapped._is_prompt_learning = None, False
+    wrapped._adapters_disabled = False
+    return wrapped
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model below the adapter's wrapper.
 
@@ -125,8 +149,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PeftModel):
         raise MergeRefused(
             [
-                "the model has no adapter; pass peft_config to the trainer, or wrap the model "
-                "with peft.get_peft_model"
+                "the model has no adapter; pass peft_config to the trainer, wrap the model with "
+                "peft.get_peft_model, or call model.add_adapter(LoraConfig(...))"
             ]
         )
     base = model.get_base_model()

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import unwrap_model
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from merge_callback.adapters import Update
@@ -30,6 +29,7 @@ from merge_callback.exact_maths import exact_maths
 from merge_callback.live import (
     Weight,
     active_adapters,
+    adapted,
     any_4bit,
     base_model,
     is_sharded_model,
@@ -54,7 +54,7 @@ def make_plan(model: nn.Module, options: MergeOptions, processes: Processes = AL
     Raises:
         MergeRefused: all that stands against it, each with its cure.
     """
-    peft_model = unwrap_model(model)
+    peft_model = adapted(model)
     base = base_model(peft_model)
     sharded = is_sharded_model(model)
     if not sharded:

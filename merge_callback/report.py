@@ -8,6 +8,7 @@ Names of models, adapters and weights may be anything: in Markdown they are `inl
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from merge_callback.foreign import plain
 Manifest = Mapping[str, Any]
 Tensors = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
+_FIGURES = {"gain_kept": "gain kept {:.1%}", "kl": "KL {:.5f}"}
 _SHOWN = 10  # tensors in the table
 _MARKUP = {ord(character): f"&#{ord(character)};" for character in "&<>`|*[]\\"}
 
@@ -62,6 +64,24 @@ def figures_table(manifest: Manifest) -> str:
         "out where training gained less than the measurement can tell, or on one sequence alone."
     )
     return "\n".join([head, *rows, "", note])
+
+
+def summary(manifest: Manifest, path: str | os.PathLike[str]) -> str:
+    """One line: where a version lies, how large it is, and how near its models come."""
+    size = sum(file["size"] for file in manifest["files"].values())
+    seconds = sum(manifest["seconds"].values())
+    parts = [
+        f"{method} retention {found['overall']:.3f}"
+        for method, found in manifest["retention"].items()
+        if found["overall"] is not None
+    ]
+    for method, found in ((manifest["verification"] or {}).get("models") or {}).items():
+        for name, told in _FIGURES.items():
+            if found.get(name) is not None:
+                parts.append(f"{method} {told.format(found[name])}")
+    figures = f"; {', '.join(parts)}" if parts else ""
+    methods = ", ".join(manifest["save_methods"])
+    return f"merged {methods} into {path}: {size / 1e9:.2f} GB in {seconds:.1f} s{figures}"
 
 
 def metrics(manifest: Manifest) -> dict[str, float]:

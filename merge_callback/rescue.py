@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers.modeling_utils import unwrap_model
 
 from merge_callback.companions import save_adapter
 from merge_callback.engines import WholeView
-from merge_callback.live import active_adapters, is_sharded_model, trained_state
+from merge_callback.live import active_adapters, adapted, is_sharded_model, trained_state
 from merge_callback.manifest import libraries, now
 from merge_callback.processes import ALONE, Processes
 from merge_callback.store import MergeStore
@@ -27,21 +26,21 @@ def rescue(
     run: str | None = None,
 ) -> Path:
     """Save the active adapters of `model` as version `name`, which is no merged one."""
-    adapted = unwrap_model(model)
-    adapters = active_adapters(adapted)
+    peft_model = adapted(model)
+    adapters = active_adapters(peft_model)
     with processes.alike():
         view = WholeView(model)
         with view.shown():
-            state = trained_state(adapted) if is_sharded_model(adapted) else None
+            state = trained_state(peft_model) if is_sharded_model(model) else None
         if not processes.leads:
             return processes.from_leader(Path())
         with view.shown():
-            path = _save_alone(adapted, adapters, store, name, step, state, run)
+            path = _save_alone(peft_model, adapters, store, name, step, state, run)
         return processes.from_leader(path)
 
 
 def _save_alone(
-    adapted: PeftModel,
+    peft_model: PeftModel,
     adapters: tuple[str, ...],
     store: MergeStore,
     name: str,
@@ -50,7 +49,7 @@ def _save_alone(
     run: str | None,
 ) -> Path:
     with store.draft(name) as draft:
-        save_adapter(adapted, adapters, draft.path, state)
+        save_adapter(peft_model, adapters, draft.path, state)
         draft.seal()
         manifest = {
             "kind": "adapter",

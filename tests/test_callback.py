@@ -36,7 +36,7 @@ def data():
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def trainer(tmp_path, *callbacks, model=None, **settings):
+def trainer(tmp_path, *callbacks, model=None, words=None, **settings):
     settings = COMMON | {"max_steps": 4, "save_strategy": "no"} | settings
     args = TrainingArguments(output_dir=str(tmp_path / "run"), **settings)
     model = model or qlora(tmp_path, lora_dropout=0.1)
@@ -45,7 +45,7 @@ def trainer(tmp_path, *callbacks, model=None, **settings):
         args=args,
         train_dataset=data(),
         eval_dataset=data().select(range(4)),
-        processing_class=tokenizer(),
+        processing_class=words or tokenizer(),
         callbacks=list(callbacks),
     )
 
@@ -105,7 +105,7 @@ def test_an_sft_run_ends_with_a_model_that_anybody_can_load(tmp_path):
         assert (path / "chat_template.jinja").exists() and (path / "tokenizer.json").exists()
         config = AutoModelForCausalLM.from_pretrained(path).config
         assert config.use_cache is True  # the trainer has turned it off in the live config
-    assert run.model.config.use_cache is False
+    assert run.model.config.use_cache is True  # there too, once training is over
     MergeStore(tmp_path / "run" / "_merged").verify(result.version)
 
 
@@ -119,6 +119,8 @@ def test_the_live_model_is_the_same_after_train_end(tmp_path):
             seen["after"] = snapshot(model)
 
     trainer(tmp_path, Before()).train()
+    caches = [seen[moment]["config"].pop("use_cache") for moment in ("before", "after")]
+    assert caches == [False, True]  # what the trainer has turned off is given back
     assert same(seen["before"], seen["after"])
     assert listing(tmp_path) == ["step-00000004"]
 

@@ -957,8 +957,10 @@ def test_a_wrong_change_of_experts_is_found(tmp_path, monkeypatch):
 
 
 def figures(**changes):
+    gain = changes.get("gain_kept", 1.0)
     settings = {
-        "rows": 900, "loss_base": 4.4, "loss_live": 3.5, "loss": 3.5, "gain_kept": 1.0, "kl": 1e-4,
+        "rows": 900, "loss_base": 4.4, "loss_live": 3.5,
+        "loss": 4.4 - 0.9 * (1.0 if gain is None else gain), "gain_kept": 1.0, "kl": 1e-4,
         "agreement": 1.0, "error": 0.01, "finite": True, "gain_error": 0.01, "kl_base": 0.9,
         "error_base": 0.3,
     }  # fmt: skip
@@ -973,6 +975,11 @@ def figures(**changes):
         ({"gain_kept": 0.69}, "keeps 69.0% of what training gained"),
         ({"gain_kept": 1.27}, None),  # a quarter, and three standard errors of 0.01
         ({"gain_kept": -0.4, "gain_error": 0.6}, None),  # of two steps at 1e-6: noise
+        # The loss has moved by less than the noise of 16 bits, so the quotient tells nothing.
+        ({"gain_kept": -0.45, "loss_base": 3.51, "loss": 3.5145}, None),
+        ({"gain_kept": -1.3, "loss_base": 3.51, "loss": 3.523}, "keeps -130.0% of what training"),
+        ({"gain_kept": 0.4, "kl": None, "loss_base": 3.9, "loss": 3.74}, None),  # a squared error
+        ({"gain_kept": -0.2, "kl": None, "loss_base": 3.9, "loss": 3.98}, "keeps -20.0% of what"),
         ({"gain_kept": None, "kl": 0.07}, "KL 0.07 nats, and 16-bit rounding explains 0.065"),
         ({"gain_kept": None, "kl": 0.06}, None),
         ({"kl_base": None, "kl": 0.021}, "16-bit rounding explains 0.02"),
@@ -993,6 +1000,21 @@ def test_16_bits_are_bounded_from_both_sides(changes, said):
     if said is None or "finite" not in said:
         assert not list(limits.misses("merged_16bit", figures(**changes), on_original, {}))
         assert not list(limits.misses("merged_4bit", figures(**changes), MergeOptions(), {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "little"),
+    [
+        ({"gain_kept": 0.3}, True),
+        ({"gain_kept": 0.49, "gain_error": 0.01}, False),  # within three standard errors of a half
+        ({"gain_kept": -0.45, "gain_error": 0.4}, False),
+        ({"gain_kept": -0.45, "loss_base": 3.51}, False),  # training gained 0.01 nats: noise
+        ({"gain_kept": 0.3, "loss_base": 3.2}, False),  # training raised the loss
+        ({"gain_kept": None}, False),
+    ],
+)
+def test_a_small_gain_is_no_reason_to_warn(changes, little):
+    assert limits.keeps_little(vars(figures(**changes))) is little
 
 
 def test_4_bits_further_from_the_live_model_than_any_rounding_are_refused():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedModel
 
+from merge_callback.base_files import tokenizer_limits
 from merge_callback.batches import Batch, input_device
 from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion, VerificationError
@@ -132,6 +133,7 @@ def verify_models(
     *,
     batches: Sequence[Batch] = (),
     data: str | None = None,
+    aimed: bool = True,
 ) -> Verification:
     """Compare what was written, as it lies on the disk, with the live model.
 
@@ -144,6 +146,7 @@ def verify_models(
         kept: method -> weight -> retention, to name the worst by.
         batches: what to compare outputs on; none: outputs are not compared.
         data: what these are, in words.
+        aimed: training lowered the loss on them; if not, no gain is told.
 
     Raises:
         VerificationError: something is wrong, and `options.verify` is not `"warn"`.
@@ -161,6 +164,9 @@ def verify_models(
             why = _compare(plan, done, models, batches, data)
         if not done.comparisons and not done.problems:
             done.checks.setdefault("outputs", f"not run: {why}")
+    if not aimed:
+        for method, comparison in done.comparisons.items():
+            done.comparisons[method] = replace(comparison, gain_kept=None, gain_error=None)
     for method, comparison in done.comparisons.items():
         known = kept.get(method, {})
         found = list(misses(method, comparison, options, known, routed=_has_experts(plan)))
@@ -202,7 +208,8 @@ def _check_arithmetic(done: Verification, plan: Plan) -> None:
 def _check_settings(done: Verification, plan: Plan, written: Written) -> None:
     for method, place in written.places.items():
         given = written.processing_class
-        done.check_of(method, "tokenizer", partial(processor_problems, place, given))
+        limits = partial(tokenizer_limits, plan.model.config, given)
+        done.check_of(method, "tokenizer", partial(processor_problems, place, given, limits))
         if method == "lora":
             if plan.sharded:
                 done.checks["lora: adapter files"] = "not run: the model is sharded"
@@ -210,9 +217,10 @@ def _check_settings(done: Verification, plan: Plan, written: Written) -> None:
                 files = partial(adapter_file_problems, plan.peft_model, plan.adapters, place)
                 done.check_of(method, "adapter files", files)
             continue
-        settings = partial(config_problems, plan, method, place, written.restored)
+        settings = partial(config_problems, plan, method, place, written.restored, given)
         done.check_of(method, "config", settings)
-        done.check_of(method, "generation config", partial(generation_problems, plan, place))
+        generation = partial(generation_problems, plan, place, given)
+        done.check_of(method, "generation config", generation)
 
 
 def _check_model(

@@ -7,6 +7,7 @@ another model than the one that was trained, whether it is nearer to the base or
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from merge_callback.options import MergeOptions
 from merge_callback.retention import Retention
@@ -19,6 +20,7 @@ _ROUTED = 4.0  # times the noise: a token that goes to another expert is far off
 _SHARE = 0.05  # of how far the base is away
 _GAIN = 0.25  # that 16 bits may be off, and as many standard errors:
 _ERRORS = 3.0
+_LITTLE = 0.5  # gain kept, below which most of it is lost
 _LOST_KL = 1.0  # nats a row beyond twice the base's; no rounding to 4 bits does that
 
 
@@ -56,7 +58,7 @@ def _noise_misses(
     """Bounds that hold from both sides, and where no gain can be told."""
     cure = "use dtype='float32', and if that is no nearer, report it"
     gain = found.gain_kept
-    if gain is not None and options.min_gain_kept is None:
+    if gain is not None and options.min_gain_kept is None and _is_told(found, noise):
         slack = noise * _GAIN + _ERRORS * (found.gain_error or 0.0)
         if abs(gain - 1) > slack:
             yield f"{method}: keeps {gain:.1%} of what training gained; {cure}"
@@ -69,6 +71,31 @@ def _noise_misses(
     if not found.error <= most:
         told = f"outputs are off by {found.error:.2g}, and 16-bit rounding explains {most:.2g}"
         yield f"{method}: {told}; {cure}"
+
+
+def keeps_little(found: Mapping[str, Any]) -> bool:
+    """Whether figures, as a manifest has them, show that most of what training gained is lost.
+
+    What training gained, and what was lost, must both stand out from noise.
+    """
+    gain, error = found.get("gain_kept"), found.get("gain_error") or 0.0
+    if gain is None or gain + _ERRORS * error >= _LITTLE:
+        return False
+    gained: float = found["loss_base"] - found["loss_live"]
+    return gained > _least_loss(found.get("kl") is not None, found["loss_base"])
+
+
+def _is_told(found: Comparison, noise: float) -> bool:
+    """Whether the loss is further from the live model's than the noise of 16 bits explains."""
+    if found.loss is None or found.loss_live is None:
+        return False
+    least = _least_loss(found.kl is not None, found.loss_base or 0.0)
+    return abs(found.loss - found.loss_live) > noise * least
+
+
+def _least_loss(of_classes: bool, loss_base: float) -> float:
+    """What a loss may move by noise: nats a row, or a share of a squared error."""
+    return _NOISE_KL if of_classes else _NOISE_ERROR * loss_base
 
 
 def _limit_misses(

@@ -23,6 +23,8 @@ from merge_callback.errors import MergeError
 _PIECE = 1024  # tokens that a model is given at once, or one sequence
 _ROWS = 256  # compared at once, in float32
 _IGNORED = -100
+_ENDS_OF_ANSWERS = ("start_logits", "end_logits")  # of extractive question answering
+_ENDS = ("start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,16 @@ class Speaker:
         logits = getattr(found, "logits", None)
         if isinstance(logits, Tensor):
             return logits, True
+        ends = [getattr(found, name, None) for name in _ENDS_OF_ANSWERS]
+        if all(isinstance(scores, Tensor) for scores in ends):  # each token is a class
+            return torch.stack(ends, 1), True  # type: ignore[arg-type]
         values = found.values() if isinstance(found, Mapping) else found
-        return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point()), False
+        return next(v for v in values if _is_an_output(v)), False
+
+
+def _is_an_output(value: Any) -> bool:
+    """Whether it has a row for each sequence, as a loss has not."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
 
 def compare_outputs(
@@ -151,6 +161,9 @@ class Silent(Exception):
 def targets_of(model: PreTrainedModel, batch: Batch, outputs: Tensor) -> Tensor | None:
     """What each row of the outputs should have said, -100 for those that do not count."""
     labels = batch.get("labels")
+    if labels is None and all(isinstance(batch.get(name), Tensor) for name in _ENDS):
+        labels = torch.stack([batch[name].flatten() for name in _ENDS], 1)
+        labels = labels.masked_fill(labels >= outputs.shape[-1], _IGNORED)  # the answer is cut off
     generates = model.can_generate() and not model.config.is_encoder_decoder
     if labels is None and generates and isinstance(batch.get("input_ids"), Tensor):
         mask = token_mask(batch)

@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig
 
 from merge_callback.codecs.bnb4 import Bnb4
-from merge_callback.companions import SavedProcessor
+from merge_callback.companions import SavedProcessor, aligned, generation_config
 from merge_callback.engines import class_of
 from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
@@ -43,14 +43,17 @@ _PARTS = ("image_processor", "video_processor", "feature_extractor")
 
 
 def config_problems(
-    plan: Plan, method: str, place: Path, restored: Mapping[str, Any]
+    plan: Plan, method: str, place: Path, restored: Mapping[str, Any], given: Any = None
 ) -> Iterator[str]:
     """Fields of config.json that are not what was meant.
 
     Args:
         restored: values of the text config that the trainer has changed and the file has back.
+        given: the tokenizer or processor that was saved with it, whose special tokens it has.
     """
-    live = copy.deepcopy(plan.model.config)  # saving a config changes it
+    live, _ = aligned(  # of a copy: saving a config changes it
+        copy.deepcopy(plan.model.config), generation_config(plan), given
+    )
     kind: Any = type(live)
     wanted = _fields(live)
     for name, value in restored.items():
@@ -133,12 +136,11 @@ def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> di
     }
 
 
-def generation_problems(plan: Plan, place: Path) -> Iterator[str]:
-    """Fields of generation_config.json that are not the live ones."""
-    live = getattr(plan.model, "generation_config", None)
-    if live is None or not plan.model.can_generate():
+def generation_problems(plan: Plan, place: Path, given: Any = None) -> Iterator[str]:
+    """Fields of generation_config.json that are not the live ones; `given` as for the config."""
+    _, live = aligned(copy.deepcopy(plan.model.config), generation_config(plan), given)
+    if live is None:
         return
-    live = copy.deepcopy(live)
     wanted = _generation_fields(live)
 
     def differences(loaded: Any) -> Iterator[str]:
@@ -154,8 +156,14 @@ def _generation_fields(config: Any) -> dict[str, Any]:
     return {k: v for k, v in _fields(config).items() if k != "_from_model_config"}
 
 
-def processor_problems(place: Path, given: Any) -> Iterator[str]:
-    """Whether the tokenizer or processor that lies in a directory is the one that was given."""
+def processor_problems(
+    place: Path, given: Any, limits: Callable[[], Mapping[str, Any]] = dict
+) -> Iterator[str]:
+    """Whether the tokenizer or processor that lies in a directory is the one that was given.
+
+    Args:
+        limits: attributes of the tokenizer that are the base's, and not those of training.
+    """
     if given is None:
         return
     if isinstance(given, SavedProcessor):
@@ -165,6 +173,8 @@ def processor_problems(place: Path, given: Any) -> Iterator[str]:
     if not hasattr(type(given), "from_pretrained"):
         return
     given = copy.deepcopy(given)  # encoding sets truncation and padding of a fast tokenizer
+    for name, value in limits().items():
+        setattr(getattr(given, "tokenizer", given), name, value)
     kind: Any = type(given)
 
     def load(directory: Path) -> Any:
