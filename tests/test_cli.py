@@ -24,8 +24,8 @@ from merge_callback import (
     MergeStore,
     merge_adapter,
 )
-from merge_callback.checkpoints import read_batches
 from merge_callback.cli import main
+from merge_callback.rows import read_batches
 
 
 def said(capsys, *arguments):
