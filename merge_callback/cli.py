@@ -131,7 +131,7 @@ def _merge(given: argparse.Namespace) -> int:
 
 def _loading(given: argparse.Namespace) -> Any:
     """How a base is to be loaded, as far as options say it."""
-    from merge_callback.checkpoints import Loading
+    from merge_callback.bases import Loading
 
     names = {field.name for field in fields(Loading)}
     said = {name: value for name, value in vars(given).items() if name in names}
@@ -200,8 +200,7 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.options import MergeOptions
         from merge_callback.planning import make_plan
 
-        # Only the adapter is looked at, so that the base may be as it is.
-        loading = replace(_loading(given), load_in_4bit=False)
+        loading = replace(_loading(given), load_in_4bit=False, as_trained=False)
         model = load_adapter(given.against, given.base, loading)
         found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))
         if found != version.manifest.get("adapter_sha256"):

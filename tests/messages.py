@@ -10,7 +10,7 @@ from merge_callback import errors
 
 PACKAGE = Path(merge_callback.__file__).parent
 _ENDS = ("problems", "misses", "unfit", "unusable")
-_FILES = ("checkpoints", "recipe", "rows")  # what is wrong in one is a ValueError
+_FILES = ("bases", "checkpoints", "recipe", "rows")  # what is wrong in one is a ValueError
 OURS = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
 
 
