@@ -234,10 +234,23 @@ HOSTILE = {
     "": [None, [], "a", 5, {}, {"schema": 2}],
     "model_class": [None, 5, ["a"]],
     "dtype": [5, "int8", "__class__"],
-    "quantization": [5, None, {"a": 1}, {"load_in_4bit": "yes"}, {"bnb_4bit_quant_type": "x"}]
-    + [{"llm_int8_skip_modules": [5]}, {"bnb_4bit_compute_dtype": "load"}],
-    "config": [5, None, {"num_hidden_layers": 10**9}, {"quantization_config": {}}]
-    + [{"text_config": {"attn_implementation": "a/b"}}, {"auto_map": {"AutoConfig": "code.C"}}],
+    "quantization": [
+        5,
+        None,
+        {"a": 1},
+        {"load_in_4bit": "yes"},
+        {"bnb_4bit_quant_type": "x"},
+        {"llm_int8_skip_modules": [5]},
+        {"bnb_4bit_compute_dtype": "load"},
+    ],
+    "config": [
+        5,
+        None,
+        {"num_hidden_layers": 10**9},
+        {"quantization_config": {}},
+        {"text_config": {"attn_implementation": "a/b"}},
+        {"auto_map": {"AutoConfig": "code.C"}},
+    ],
 }
 
 

@@ -41,23 +41,19 @@ FORMATS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_bars(capfd):
-    yield
-    assert "examples/s" not in capfd.readouterr().err
-
-
 def ids(path, words=None, tokens=None):
     return [batch["input_ids"][0].tolist() for batch in read_batches(path, words, tokens)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_rows_are_the_same_in_every_format(tmp_path, name):
+def test_rows_are_the_same_in_every_format(tmp_path, capfd, name):
     words = tokenizer()
     FORMATS[name](tmp_path / name)
+    capfd.readouterr()
     expected = [words(text)["input_ids"] for text in TEXTS]
     assert ids(tmp_path / name, words) == expected
     drawn = ids(tmp_path / name, words, 40)
+    assert capfd.readouterr().err == ""  # no bars where there is no terminal
     jsonl(tmp_path / "plain.jsonl")
     assert len(drawn) == 4 and drawn == ids(tmp_path / "plain.jsonl", words, 40)
 
