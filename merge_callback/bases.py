@@ -262,6 +262,16 @@ def shapes_of(checkpoint: Path) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
 
 
+def trained_in_float32(checkpoint: Path) -> bool:
+    """Whether what was trained is saved in float32, as PEFT trains it on a base of 16 bits."""
+    file = checkpoint / SAFETENSORS_WEIGHTS_NAME
+    if not file.exists():
+        found = torch.load(checkpoint / WEIGHTS_NAME, map_location="meta", weights_only=True)
+        return any(tensor.dtype == torch.float32 for tensor in found.values())
+    with safe_open(file, "pt") as opened:
+        return any(opened.get_slice(key).get_dtype() == "F32" for key in opened.keys())
+
+
 def plain_name(key: str) -> str:
     """The name of a saved tensor in the unadapted model."""
     return WRAPPED.sub("", key.removeprefix(ROOT))

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from merge_callback.bases import ROOT, WRAPPED, Loading, load_base, shapes_of
+from merge_callback.bases import ROOT, WRAPPED, Loading, load_base, shapes_of, trained_in_float32
 from merge_callback.errors import MergeRefused
 from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
 from merge_callback.loading import asking_nobody
@@ -116,6 +116,7 @@ def load_adapter(
     _check_init(checkpoint, config, loading)
     try:
         shapes = shapes_of(Path(checkpoint))
+        wide = trained_in_float32(Path(checkpoint))
     except Exception as error:  # of a file that is cut off, or of a pickle that is more than data
         raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
     try:
@@ -127,12 +128,12 @@ def load_adapter(
         raise MergeRefused([f"the base {name} does not load: {_told(error)}"]) from error
     _check_patterns(checkpoint, config, model)
     try:
-        # In the dtype that was trained: otherwise 16-bit factors would be cast to float32.
+        # In the dtype that was trained: PEFT casts all factors to float32, or all to the base's.
         with asking_nobody():
             found = PeftModel.from_pretrained(
-                model, str(checkpoint), config=config, autocast_adapter_dtype=False
+                model, str(checkpoint), config=config, autocast_adapter_dtype=wide
             )
-            placed = found.load_adapter(str(checkpoint), "default", autocast_adapter_dtype=False)
+            placed = found.load_adapter(str(checkpoint), "default", autocast_adapter_dtype=wide)
     except Exception as error:
         raise MergeRefused(
             [f"{checkpoint} does not load on the base {name}: {_told(error)}"]
@@ -169,7 +170,7 @@ def _check_init(checkpoint: str | os.PathLike[str], config: PeftConfig, loading:
                 "path_initial_model_for_weight_conversion"
             ]
         )
-    config.init_lora_weights = True  # type: ignore[attr-defined]
+    config.init_lora_weights = True
 
 
 def _check_patterns(checkpoint: str | os.PathLike[str], config: PeftConfig, model: Any) -> None:

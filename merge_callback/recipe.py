@@ -137,10 +137,10 @@ def refuse_hostile_settings(config: Mapping[str, Any]) -> None:
         ValueError: what is wrong.
     """
     for key, value in config.items():
+        if not _is_setting(key):
+            raise ValueError(f"{key} cannot be set")
         if isinstance(value, dict):
             refuse_hostile_settings(value)
-        elif key in _NOT_SETTINGS or "implementation" in key or key.startswith("_"):
-            raise ValueError(f"{key} cannot be set")
         elif "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
             raise ValueError(f"its {key} is {value}")
 
@@ -149,8 +149,12 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _settings(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _NOT_SETTINGS and "implementation" not in key and not key.startswith("_")
+        if _is_setting(key)
     }
+
+
+def _is_setting(key: str) -> bool:
+    return not (key in _NOT_SETTINGS or "implementation" in key or key.startswith("_"))
 
 
 def _quantization(config: PretrainedConfig) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _checked(found: Any) -> Recipe:
     if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
         raise ValueError(f"it has no schema {_SCHEMA}")
     names = [found.get("model_class"), found.get("model_type")]
-    parts = [found.get("quantization"), found.get("config")]
+    parts: list[Any] = [found.get("quantization"), found.get("config")]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("its model_class or model_type is no text")
     if found.get("dtype") not in (None, *DTYPES):
