@@ -106,7 +106,12 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         "quantization": _quantization(base.config),
         "config": settings_of(base.config),
     }
-    (directory / RECIPE).write_text(json.dumps(found, indent=2) + "\n")
+    part = directory / f".{RECIPE}.part"
+    try:
+        part.write_text(json.dumps(found, indent=2) + "\n")
+        part.replace(directory / RECIPE)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_recipe(checkpoint: Path) -> Recipe | None:

@@ -163,8 +163,9 @@ def test_embeddings_that_nobody_has_saved_are_named(tmp_path, caplog):
 
 
 def classifier(path, labels):
+    names = {i: f"kind {i}" for i in range(labels)}
     base = AutoModelForSequenceClassification.from_pretrained(
-        save_base(path), num_labels=labels, dtype=torch.bfloat16, pad_token_id=0
+        save_base(path), id2label=names, dtype=torch.bfloat16, pad_token_id=0
     )
     return adapt(base, task_type="SEQ_CLS")
 
@@ -175,6 +176,8 @@ def test_a_head_has_as_many_labels_as_were_trained(tmp_path, labels, noted):
     live = classifier(tmp_path / "base", labels)
     found = load_adapter(saved(live, tmp_path / "adapter", noted=noted))
     assert found.config.num_labels == labels
+    if noted:
+        assert found.config.id2label == live.config.id2label and found.config.pad_token_id == 0
     head = found.get_base_model().score.modules_to_save["default"].weight
     assert torch.equal(head, live.get_base_model().score.modules_to_save["default"].weight)
     merged = merge(tmp_path / "adapter", tmp_path / "out")
