@@ -73,7 +73,7 @@ def test_a_note_that_cannot_be_written_does_not_end_the_training(tmp_path, monke
     assert run.state.global_step == 2 and "No space left on device" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["fp4", "nf4", "nf4-nested", "int8", "float32"])
+@pytest.mark.parametrize("kind", ["fp4", "nf4", "nf4-nested", "int8", "bfloat16", "float32"])
 def test_a_base_is_loaded_as_it_was(tmp_path, kind):
     live = adapt(load_base(save_base(tmp_path / "base"), kind))
     checkpoint = saved(live, tmp_path / "adapter")
@@ -190,6 +190,14 @@ def test_a_head_is_not_lost_in_another_class(tmp_path):
     checkpoint = saved(classifier(tmp_path / "base", 5), tmp_path / "adapter")
     with pytest.raises(MergeRefused, match=r"score\.weight.* with --model-class"):
         load_adapter(checkpoint, loading=Loading(model_class="AutoModelForCausalLM"))
+
+
+def test_sizes_that_do_not_match_name_the_option(tmp_path):
+    checkpoint = saved(classifier(tmp_path / "base", 5), tmp_path / "adapter", noted=False)
+    with pytest.raises(MergeRefused, match="is said with --config KEY=VALUE"):
+        load_adapter(checkpoint, loading=Loading(config={"num_labels": 3}))
+    with pytest.raises(MergeRefused, match="is said with --config KEY=VALUE"):
+        load_adapter(checkpoint, loading=Loading(config={"hidden_size": 64}))
 
 
 def test_a_head_that_nobody_has_saved_is_not_made_up(tmp_path):

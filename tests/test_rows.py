@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import threading
+import tracemalloc
 
 import datasets
 import pytest
@@ -56,6 +57,17 @@ def test_rows_are_the_same_in_every_format(tmp_path, capfd, name):
     assert capfd.readouterr().err == ""  # no bars where there is no terminal
     jsonl(tmp_path / "plain.jsonl")
     assert len(drawn) == 4 and drawn == ids(tmp_path / "plain.jsonl", words, 40)
+
+
+def test_of_a_large_file_only_places_are_kept(tmp_path):
+    row = json.dumps({"input_ids": [1, 2], "other": "x" * 2000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(row * 10_000)
+    tracemalloc.start()
+    try:
+        assert len(ids(tmp_path / "a.jsonl", None, 20)) == 10
+        assert tracemalloc.get_traced_memory()[1] < 2e6  # of 20 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_pipe_is_read(tmp_path):
