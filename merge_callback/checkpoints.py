@@ -40,7 +40,8 @@ _PROCESSORS = (
     ImageProcessingMixin,
 )
 _MOST_STEPS = 10**12
-_OF_CHANCE = ("pissa_niter", "corda", "lora_ga")  # ways in which PEFT begins
+# Initial factors that are random, or made of data, and not of the base only.
+_NOT_MADE_AGAIN = ("pissa_niter", "corda", "lora_ga")
 
 
 def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
@@ -155,11 +156,11 @@ def load_adapter(
 def _check_init(checkpoint: str | os.PathLike[str], config: PeftConfig, loading: Loading) -> None:
     """Whether the base that was trained can be made again.
 
-    PEFT takes the initial factors off the base: those of `pissa`, `olora` and `loftq` it finds
-    again when it loads the adapter, but these come of chance or of data.
+    Some ways to begin subtract the initial factors from the base. PEFT does so again when it loads
+    the adapter, which gives the same base where the factors are a function of it.
     """
     init = str(getattr(config, "init_lora_weights", None))
-    if not init.startswith(_OF_CHANCE):
+    if not init.startswith(_NOT_MADE_AGAIN):
         return
     if loading.as_trained:
         raise MergeRefused(

@@ -149,7 +149,7 @@ def _of_json(file: IO[bytes]) -> _Rows:
 
 
 def _is_array(file: IO[bytes], start: int) -> bool:
-    """Whether a bracket opens the file, and is no row by itself, of several."""
+    """Whether the file is one JSON array; JSON Lines may begin with a row that is an array."""
     first = next((line for line in file if line.strip()), b"").strip()
     is_one = first.startswith(b"[") and (
         not first.endswith(b"]") or not any(line.strip() for line in file)
@@ -171,6 +171,8 @@ def _of_datasets(path: str, open_files: ExitStack, builder: str | None = None) -
     if pipes := pipes_in(path):
         raise ValueError(f"{', '.join(pipes)} in it is no file")
     if builder is not None:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         cache = open_files.enter_context(tempfile.TemporaryDirectory())
         settings = {"sep": "\t"} if path.endswith(".tsv") else {}
         found: Any = datasets.load_dataset(builder, data_files=path, cache_dir=cache, **settings)

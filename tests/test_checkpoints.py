@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import adapt, load_base, logits, same, save_base, tokenizer
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file
 from test_callback import sft
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -295,12 +296,18 @@ def test_a_note_with_a_pattern_that_takes_for_ever_is_refused(tmp_path, capsys, 
 
 # What the adapter took off it
 
-KINDS = [("pissa", "bfloat16"), ("olora", "bfloat16"), ("olora", "nf4-nested")]
+KINDS = [
+    ("bfloat16", {"init_lora_weights": "pissa"}),
+    ("float32", {"init_lora_weights": "pissa"}),
+    ("bfloat16", {"init_lora_weights": "olora"}),
+    ("nf4-nested", {"init_lora_weights": "olora"}),
+    ("bfloat16", {"kasa_config": KasaConfig()}),
+]
 
 
-@pytest.mark.parametrize(("init", "kind"), KINDS)
-def test_a_residual_that_can_be_found_again_is_exact(tmp_path, init, kind):
-    live = adapt(load_base(save_base(tmp_path / "base"), kind), init_lora_weights=init)
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_a_residual_that_can_be_found_again_is_exact(tmp_path, kind, settings):
+    live = adapt(load_base(save_base(tmp_path / "base"), kind), **settings)
     found = load_adapter(saved(live, tmp_path / "adapter"))
     ours, theirs = (model.get_base_model().state_dict() for model in (found, live))
     assert same(dict(ours), dict(theirs))
