@@ -111,6 +111,11 @@ def load_base(
         tokens: how many the tokenizer of the training has.
     """
     refuse_hostile(_directory_of(name), trust_remote_code=loading.trust_remote_code)
+    if recipe is None and loading.as_trained and not loading.config:
+        logger.warning(
+            "nothing beside the adapter says whether training changed the config of the base; if "
+            "it did (rope settings, say), merge with --config KEY=VALUE"
+        )
     cls = _class(adapter, loading, recipe)
     config = _config(name, cls, loading, recipe, _labels(adapter, shapes))
     settings: dict[str, Any] = {"config": config, "trust_remote_code": loading.trust_remote_code}

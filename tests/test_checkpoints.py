@@ -225,7 +225,7 @@ def test_an_adapter_without_a_task_says_its_class_or_is_guessed(tmp_path, caplog
 ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 
 
-def test_settings_of_the_training_hold(tmp_path):
+def test_settings_of_the_training_hold(tmp_path, caplog):
     config = AutoConfig.from_pretrained(save_base(tmp_path / "base"))
     config.rope_parameters = dict(ROPE)
     live = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base", config=config))
@@ -234,6 +234,9 @@ def test_settings_of_the_training_hold(tmp_path):
         found = loaded(checkpoint, config=asked)
         assert found.config.rope_parameters == ROPE
         assert torch.equal(logits(found), logits(live))
+    assert "--config" not in caplog.text
+    assert loaded(checkpoint).config.rope_parameters != ROPE
+    assert "(rope settings, say), merge with --config KEY=VALUE" in caplog.text
     options = ["rope_parameters.rope_type=linear", "rope_parameters.factor=4.0", "num_labels=3"]
     options = [part for option in options for part in ("--config", option)]
     merge(tmp_path / "False", tmp_path / "out", *options)
