@@ -42,6 +42,10 @@ def merge(checkpoint, out, *options):
     return load_file(MergeStore(out).latest().path / "model.safetensors")
 
 
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
+
+
 def embeddings(model):
     return model.get_input_embeddings().weight.detach()
 
@@ -60,8 +64,10 @@ def test_a_checkpoint_is_merged_on_the_base_of_its_training(tmp_path):
     found = {key: noted.quantization[f"bnb_4bit_{key}"] for key in ("quant_type", "compute_dtype")}
     assert found == {"quant_type": "fp4", "compute_dtype": "bfloat16"}
     assert noted.quantization["bnb_4bit_use_double_quant"] is False
-    theirs = load_file(callback.results[-1].path / "model.safetensors")
-    assert same(merge(checkpoint, tmp_path / "out"), theirs)
+    theirs = callback.results[-1].path
+    assert same(merge(checkpoint, tmp_path / "out"), load_file(theirs / "model.safetensors"))
+    ours = MergeStore(tmp_path / "out").latest().path
+    assert config_of(ours) == config_of(theirs)
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch, caplog):
