@@ -49,6 +49,7 @@ from merge_callback.planning import make_plan
 from merge_callback.processes import ALONE, BARRIER_TIMEOUT, Processes
 from merge_callback.publisher import Publisher
 from merge_callback.push import Push
+from merge_callback.recipe import keep_recipe
 from merge_callback.report import metrics, summary
 from merge_callback.rescue import rescue
 from merge_callback.store import MergeStore
@@ -328,8 +329,10 @@ class MergeOnSaveCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Merge at a checkpoint, when asked to."""
+        """Note how the base was loaded, and merge, when asked to."""
         self._saved = state.global_step
+        if model is not None and state.is_world_process_zero:
+            keep_recipe(model, args, state)
         if model is None or not self._merge_on_save or not _takes_part(state):
             return
         last = control.should_training_stop or state.global_step >= state.max_steps

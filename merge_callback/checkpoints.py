@@ -1,43 +1,29 @@
-"""Adapters and data from files, as they lie on a disk after training. Knows nothing of merging."""
+"""Adapters from files, as they lie on a disk after training. Knows nothing of merging."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     FeatureExtractionMixin,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils.hub import cached_file
 
-from merge_callback.batches import Batch
+from merge_callback.bases import ROOT, WRAPPED, Loading, load_base, shapes_of, trained_in_float32
 from merge_callback.errors import MergeRefused
-from merge_callback.foreign import parse_json, pipes_in, read_json, slow_pattern, texts
+from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
 from merge_callback.loading import asking_nobody
 from merge_callback.manifest import Training
-from merge_callback.verification.rebuilt import own_class, refuse_hostile
+from merge_callback.recipe import read_recipe
 
-# What PEFT calls a task -> the class that transformers has for it.
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _ADAPTER = "adapter_config.json"
 _OF_PROCESSORS = (
     "tokenizer.json",
@@ -54,7 +40,8 @@ _PROCESSORS = (
     ImageProcessingMixin,
 )
 _MOST_STEPS = 10**12
-_LONGEST = 2048  # tokens of a row
+# Initial factors that are random, or made of data, and not of the base only.
+_NOT_MADE_AGAIN = ("pissa_niter", "corda", "lora_ga")
 
 
 def adapter_config(checkpoint: str | os.PathLike[str]) -> PeftConfig:
@@ -106,47 +93,88 @@ def base_of(checkpoint: str | os.PathLike[str], given: str | None = None) -> str
 def load_adapter(
     checkpoint: str | os.PathLike[str],
     base: str | None = None,
-    *,
-    load_in_4bit: bool = False,
-    model_class: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
+    loading: Loading | None = None,
+    tokens: int | None = None,
 ) -> PeftModel:
     """A saved adapter on its base, as it was trained.
+
+    What the callback has written beside the checkpoint says how the base was loaded, and the
+    tensors of the adapter say how large its vocabulary and its head were. What neither says is
+    guessed with a warning.
 
     Args:
         checkpoint: directory that PEFT or a Trainer has saved, with an adapter_config.json.
         base: directory or id of the base; None: the one that the adapter names.
-        load_in_4bit: quantise a 16-bit base to NF4 with double quantisation, as QLoRA does. One
-            that was saved in 4 bits is loaded so anyhow.
-        model_class: name of a class of transformers, e.g. AutoModelForImageTextToText; None: that
-            of the adapter's task.
-        device: None: a CUDA device where there is one.
-        trust_remote_code: run the Python that came with the base.
+        tokens: how many the tokenizer of the training has.
 
     Raises:
-        MergeRefused: no adapter there, no such base, or no such class.
+        MergeRefused: no adapter there, no such base or class, or not the one that was trained.
     """
+    loading = loading or Loading()
     config = adapter_config(checkpoint)
     name = base_of(checkpoint, base)
-    cls = own_class(model_class or _CLASSES.get(config.task_type, _CLASSES["CAUSAL_LM"]))
-    if cls is None:
-        raise MergeRefused([f"transformers has no class {model_class} that makes models"])
-    settings: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
-    settings["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if load_in_4bit:
-        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+    recipe = read_recipe(Path(checkpoint))
+    _check_init(checkpoint, config, loading)
     try:
-        refuse_hostile(_directory_of(name), trust_remote_code=trust_remote_code)
+        shapes = shapes_of(Path(checkpoint))
+        wide = trained_in_float32(Path(checkpoint))
+    except Exception as error:  # of a file that is cut off, or of a pickle that is more than data
+        raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
+    try:
         with asking_nobody():
-            model = cls.from_pretrained(name, **settings)
+            model = load_base(name, config, loading, recipe, shapes, tokens)
+    except MergeRefused:
+        raise
     except Exception as error:  # each library has its own
         raise MergeRefused([f"the base {name} does not load: {_told(error)}"]) from error
+    _check_patterns(checkpoint, config, model)
+    try:
+        # In the dtype that was trained: PEFT casts all factors to float32, or all to the base's.
+        with asking_nobody():
+            found = PeftModel.from_pretrained(
+                model, str(checkpoint), config=config, autocast_adapter_dtype=wide
+            )
+            placed = found.load_adapter(str(checkpoint), "default", autocast_adapter_dtype=wide)
+    except Exception as error:
+        raise MergeRefused(
+            [f"{checkpoint} does not load on the base {name}: {_told(error)}"]
+        ) from error
+    missing = placed.missing_keys if config.peft_type == "LORA" else []  # some share what is not
+    # PEFT saves embeddings once more, under names that it does not load.
+    unplaced = [key for key in placed.unexpected_keys if not WRAPPED.search(key.removeprefix(ROOT))]
+    if lost := sorted({*missing, *unplaced}):
+        raise MergeRefused(
+            [
+                f"{checkpoint} does not fit the base {name}, loaded as {type(model).__name__}: "
+                f"{lost[0]} and {len(lost) - 1} others have no counterpart; name the class that "
+                "was trained with --model-class"
+            ]
+        )
+    return found
+
+
+def _check_init(checkpoint: str | os.PathLike[str], config: PeftConfig, loading: Loading) -> None:
+    """Whether the base that was trained can be made again.
+
+    Some ways to begin subtract the initial factors from the base. PEFT does so again when it loads
+    the adapter, which gives the same base where the factors are a function of it.
+    """
+    init = str(getattr(config, "init_lora_weights", None))
+    if not init.startswith(_NOT_MADE_AGAIN):
+        return
+    if loading.as_trained:
+        raise MergeRefused(
+            [
+                f"{checkpoint} was trained with init_lora_weights={init!r}, which changed the base "
+                "by what no file tells, so its merge would be another model; merge in training, "
+                "with MergeOnSaveCallback, or save the adapter with PEFT's "
+                "path_initial_model_for_weight_conversion"
+            ]
+        )
+    config.init_lora_weights = True
+
+
+def _check_patterns(checkpoint: str | os.PathLike[str], config: PeftConfig, model: Any) -> None:
     names = [module for module, _ in model.named_modules()]
     if slow := slow_pattern(_patterns(config), names):
         raise MergeRefused(
@@ -155,12 +183,12 @@ def load_adapter(
                 "modules in its adapter_config.json one by one"
             ]
         )
-    try:
-        # In the dtype that was trained: otherwise 16-bit factors would be cast to float32.
-        with asking_nobody():
-            return PeftModel.from_pretrained(model, str(checkpoint), autocast_adapter_dtype=False)
-    except Exception as error:
-        raise MergeRefused([f"{checkpoint} does not load on the base {name}: {error}"]) from error
+
+
+def tokens_of(processor: Any) -> int | None:
+    """How many tokens a tokenizer, or that of a processor, has; None: there is none."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return len(tokenizer) if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def _is_about_code(error: Exception | None) -> bool:
@@ -168,14 +196,11 @@ def _is_about_code(error: Exception | None) -> bool:
 
 
 def _told(error: Exception | None) -> str:
-    hint = "; read that code, then pass --trust-remote-code" if _is_about_code(error) else ""
-    return f"{error}{hint}"
-
-
-def _directory_of(name: str) -> Path:
-    """Where a model lies; that of an id in the Hub's cache."""
-    found = None if os.path.isdir(name) else cached_file(name, "config.json")
-    return Path(name) if found is None else Path(found).parent
+    if _is_about_code(error):
+        return f"{error}; read that code, then pass --trust-remote-code"
+    if re.search("size mismatch|mismatched", str(error)):
+        return f"{error}; what training changed of the config is said with --config KEY=VALUE"
+    return str(error)
 
 
 def _patterns(config: PeftConfig) -> list[str]:
@@ -241,73 +266,3 @@ def training_of(checkpoint: str | os.PathLike[str]) -> Training:
     if type(step) is not int or not 0 <= step < _MOST_STEPS:
         raise MergeRefused([f"{path} has a global_step that is none; mend or remove it"])
     return Training(step=step)
-
-
-def read_batches(
-    path: str | os.PathLike[str], processor: Any, tokens: int | None = None
-) -> Iterator[Batch]:
-    """One batch a row of a JSON Lines file.
-
-    Args:
-        path: rows have `input_ids`; or `text`, `messages`, or `prompt` and `completion`, which
-            `processor` makes tokens of, 2048 at most. What a prompt says does not count as label.
-        processor: tokenizer, or processor with one.
-        tokens: how many are enough; rows are drawn then, the same ones each time. None: all rows.
-
-    Raises:
-        MergeRefused: the file or a row cannot be read.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    try:
-        lines = Path(path).read_text("utf-8").split("\n")  # splitlines would split within strings
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergeRefused([f"{path} cannot be read: {error}"]) from error
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise MergeRefused([f"{path} has no rows"])
-    if tokens is not None:
-        random.Random(0).shuffle(rows)
-    read = 0
-    for number, line in rows:
-        try:
-            found, prompt = _tokens(parse_json(line), tokenizer)
-            ids = torch.tensor([found[:_LONGEST]], dtype=torch.long)
-        except Exception as error:  # of a tokenizer or its template, too
-            raise MergeRefused([f"{path}, line {number}: {error}"]) from error
-        if not ids.numel():
-            raise MergeRefused([f"{path}, line {number}: there is nothing in it"])
-        labels = ids.clone()
-        labels[:, :prompt] = -100
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        read += ids.numel()
-        if tokens is not None and read >= tokens:
-            return
-
-
-def _tokens(row: Any, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens of a row, and how many of them are prompt."""
-    if not isinstance(row, dict):
-        raise ValueError("a row is a JSON object")
-    if "input_ids" in row:
-        ids = list(row["input_ids"])
-        if any(type(number) is not int for number in ids):
-            raise ValueError("input_ids are whole numbers")
-        return ids, 0
-    if tokenizer is None:
-        raise ValueError("there is no tokenizer; give rows of input_ids")
-    if "messages" in row:
-        return _chat(tokenizer, row["messages"]), 0
-    if "text" in row:
-        return tokenizer(row["text"])["input_ids"], 0
-    if {"prompt", "completion"} <= row.keys():
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            return tokenizer(prompt + completion)["input_ids"], len(tokenizer(prompt)["input_ids"])
-        whole = _chat(tokenizer, [*prompt, *completion])
-        return whole, len(_chat(tokenizer, prompt, add_generation_prompt=True))
-    raise ValueError("a row needs input_ids, text, messages, or prompt and completion")
-
-
-def _chat(tokenizer: Any, messages: Any, **settings: Any) -> list[int]:
-    found = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
-    return list(found["input_ids"])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
     from merge_callback.versions import Version
 
 OK, FAILED, DIFFERS, INTERRUPTED = 0, 1, 3, 130  # 2 is argparse's
-_DATA = "rows of text, messages, prompt and completion, or input_ids, 2048 tokens of each at most"
+_DATA = (
+    "JSON Lines, a JSON array, CSV, Parquet, a directory of datasets, or an id on the Hub: rows of "
+    "text, messages, conversations, prompt and completion, instruction and output, or input_ids, "
+    "2048 tokens of each at most"
+)
 _EPILOG = """\
 exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage; 3 files or models
 are not what they should be; 130 interrupted. Every command takes --json.
@@ -76,12 +82,13 @@ def _merge(given: argparse.Namespace) -> int:
         base_of,
         load_adapter,
         load_processor,
-        read_batches,
+        tokens_of,
         training_of,
     )
     from merge_callback.data import Data
     from merge_callback.export import check_merge, export
     from merge_callback.options import MergeOptions
+    from merge_callback.rows import read_batches
     from merge_callback.store import MergeStore
 
     options = MergeOptions(
@@ -106,17 +113,7 @@ def _merge(given: argparse.Namespace) -> int:
     processor = load_processor(given.checkpoint, base, trust_remote_code=trust)
     enough = options.calibration_tokens + options.verify_tokens
     rows = list(read_batches(given.data, processor, enough)) if given.data else None
-    model = load_adapter(
-        given.checkpoint,
-        base,
-        load_in_4bit=given.load_in_4bit,
-        model_class=given.model_class,
-        device=given.device,
-        trust_remote_code=trust,
-    )
-    if not given.load_in_4bit and not hasattr(model.config, "quantization_config"):
-        told = "the base is not quantised; if the adapter was trained on it in 4 bits, merge it"
-        say(f"{told} with --load-in-4bit")
+    model = load_adapter(given.checkpoint, base, _loading(given), tokens_of(processor))
     store = MergeStore(given.output_dir)
     plan = check_merge(model, store, options)
     name = given.name or ("merged" if training.step is None else f"step-{training.step:08}")
@@ -130,6 +127,15 @@ def _merge(given: argparse.Namespace) -> int:
     else:
         print_table([{"method": m, "directory": str(p)} for m, p in result.paths.items()])
     return OK
+
+
+def _loading(given: argparse.Namespace) -> Any:
+    """How a base is to be loaded, as far as options say it."""
+    from merge_callback.bases import Loading
+
+    names = {field.name for field in fields(Loading)}
+    said = {name: value for name, value in vars(given).items() if name in names}
+    return Loading(**said | {"config": dict(given.config)})
 
 
 def _list(given: argparse.Namespace) -> int:
@@ -194,13 +200,8 @@ def _verify(given: argparse.Namespace) -> int:
         from merge_callback.options import MergeOptions
         from merge_callback.planning import make_plan
 
-        model = load_adapter(
-            given.against,
-            given.base,
-            model_class=given.model_class,
-            device=given.device,
-            trust_remote_code=given.trust_remote_code,
-        )
+        loading = replace(_loading(given), load_in_4bit=False, as_trained=False)
+        model = load_adapter(given.against, given.base, loading)
         found = adapter_hash(make_plan(model, MergeOptions(save_method="lora")))
         if found != version.manifest.get("adapter_sha256"):
             raise CorruptVersion(f"{version.path} was not made of the adapter in {given.against}")
@@ -212,8 +213,9 @@ def _verify(given: argparse.Namespace) -> int:
 def _compare(given: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from merge_callback.checkpoints import load_processor, read_batches
+    from merge_callback.checkpoints import load_processor
     from merge_callback.comparing import compare
+    from merge_callback.rows import read_batches
 
     for directory in (given.a, given.b):
         if not Path(directory, "config.json").is_file():
@@ -332,11 +334,11 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     merge = command("merge", _merge, "merge a saved adapter into its base")
-    merge.add_argument("checkpoint", help="directory with an adapter_config.json")
+    merge.add_argument("checkpoint", type=_path, help="directory with an adapter_config.json")
+    _add_quantisation(merge)
     merge.add_argument(
-        "--load-in-4bit", action="store_true", help="quantise a 16-bit base to NF4, as QLoRA does"
+        "--output-dir", type=_path, default="merged", help="where versions go [merged]"
     )
-    merge.add_argument("--output-dir", default="merged", help="where versions go [merged]")
     merge.add_argument("--name", help="of the version [step-<step>, or merged]")
     methods = ("merged_4bit", "merged_16bit", "lora")
     merge.add_argument(
@@ -345,7 +347,9 @@ def _parser() -> argparse.ArgumentParser:
     roundings = ("auto", "tuned", "calibrated", "stochastic", "nearest")
     merge.add_argument("--rounding", default="auto", choices=roundings, help="[auto]")
     merge.add_argument("--rounding-minutes", type=float, metavar="MINUTES")
-    merge.add_argument("--data", metavar="FILE.jsonl", help=_DATA + ", to round and verify with")
+    merge.add_argument(
+        "--data", type=_path, metavar="DATA", help=_DATA + ", to round and verify with"
+    )
     merge.add_argument("--no-verify", dest="verify", action="store_false")
     merge.add_argument("--verify-tokens", type=int, default=8192, metavar="N", help="[8192]")
     merge.add_argument("--min-gain-kept", type=float, metavar="SHARE")
@@ -355,25 +359,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_loading(merge)
 
     listed = command("list", _list, "list versions, the oldest first")
-    listed.add_argument("root", help="directory of versions, e.g. <output_dir>/_merged")
+    listed.add_argument("root", type=_path, help="directory of versions, e.g. <output_dir>/_merged")
 
     show = command("show", _show, "show the report of a version")
-    show.add_argument("version", help="directory of a version")
+    show.add_argument("version", type=_path, help="directory of a version")
 
     verify = command("verify", _verify, "compare the files of a version with their checksums")
-    verify.add_argument("version", help="directory of a version")
-    verify.add_argument("--against", metavar="CHECKPOINT", help="is it made of this adapter?")
+    verify.add_argument("version", type=_path, help="directory of a version")
+    verify.add_argument(
+        "--against", type=_path, metavar="CHECKPOINT", help="is it made of this adapter?"
+    )
     _add_loading(verify)
 
     compared = command("compare", _compare, "compare what two models say")
-    compared.add_argument("a", help="directory of a model")
-    compared.add_argument("b", help="directory of another")
-    compared.add_argument("--data", metavar="FILE.jsonl", required=True, help=_DATA)
+    compared.add_argument("a", type=_path, help="directory of a model")
+    compared.add_argument("b", type=_path, help="directory of another")
+    compared.add_argument("--data", type=_path, metavar="DATA", required=True, help=_DATA)
     compared.add_argument("--max-kl", type=float, metavar="NATS", help="exit with 3 above it")
     _add_trust(compared)
 
     push = command("push", _push, "push a version to the Hub, or finish a push that was cut off")
-    push.add_argument("version", help="directory of a version")
+    push.add_argument("version", type=_path, help="directory of a version")
     push.add_argument("repo_id", nargs="?", help="[where a push that was cut off was going to]")
     push.add_argument("--public", action="store_true", help="if the repository has to be made")
     push.add_argument("--revision", default="main", help="branch with the newest version [main]")
@@ -381,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = command(
         "prune", _prune, "remove old versions, never a best step's; without --yes, list them"
     )
-    prune.add_argument("root", help="directory of versions")
+    prune.add_argument("root", type=_path, help="directory of versions")
     newest = "the newest N of each run"
     prune.add_argument("--keep", type=_at_least_1, required=True, metavar="N", help=newest)
     prune.add_argument("--yes", action="store_true", help="remove them")
@@ -390,10 +396,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quantisation(command: Any) -> None:
+    """How a 16-bit base is quantised, where the checkpoint does not say it."""
+    command.add_argument(
+        "--load-in-4bit",
+        action=argparse.BooleanOptionalAction,
+        help="quantise a 16-bit base, or leave it as it is [as in training; else it is left]",
+    )
+    command.add_argument("--load-in-8bit", action="store_true", help="quantise it to 8 bits")
+    command.add_argument(
+        "--quant-type", choices=("nf4", "fp4"), help="of 4 bits [as in training; else nf4]"
+    )
+    command.add_argument(
+        "--no-double-quant",
+        dest="double_quant",
+        action="store_false",
+        default=None,
+        help="leave the scales of 4 bits in float32 [as in training; else they are quantised]",
+    )
+    command.add_argument(
+        "--compute-dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of products with 4-bit weights [as in training; else bfloat16]",
+    )
+
+
 def _add_loading(command: Any) -> None:
     """How an adapter is loaded."""
-    command.add_argument("--base", help="directory or id [the one that the adapter names]")
-    command.add_argument("--model-class", metavar="NAME", help="of transformers [that of the task]")
+    command.add_argument(
+        "--base", type=_path, help="directory or id [the one that the adapter names]"
+    )
+    command.add_argument(
+        "--model-class", metavar="NAME", help="of transformers [as in training; else by the task]"
+    )
+    command.add_argument(
+        "--config",
+        metavar="KEY=VALUE",
+        action="append",
+        type=_setting,
+        default=[],
+        help="of the base's config, e.g. num_labels=5; may be repeated [as in training]",
+    )
     command.add_argument("--device", help="[cuda where there is one]")
     _add_trust(command)
 
@@ -408,6 +451,21 @@ def _at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("must be a number, at least 1")
     return int(text)
+
+
+def _path(text: str) -> str:
+    return os.path.expanduser(text)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A key of a config, and its value as JSON; what is no JSON is text."""
+    key, separator, value = text.partition("=")
+    if not (separator and all(key.split("."))):
+        raise argparse.ArgumentTypeError("must be KEY=VALUE")
+    try:
+        return key, parse_json(value)
+    except ValueError:
+        return key, value
 
 
 def _own_version() -> str:

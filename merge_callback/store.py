@@ -91,11 +91,11 @@ class MergeStore:
     """The versions below `root`.
 
     Args:
-        root: made when the first draft is.
+        root: made when the first draft is; `~` is the home directory.
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        self.root = Path(root)
+        self.root = Path(os.path.expanduser(root))
 
     def versions(self) -> list[Version]:
         """All published versions, the oldest first."""

@@ -24,8 +24,8 @@ from merge_callback import (
     MergeStore,
     merge_adapter,
 )
-from merge_callback.checkpoints import read_batches
 from merge_callback.cli import main
+from merge_callback.rows import read_batches
 
 
 def said(capsys, *arguments):
@@ -267,12 +267,17 @@ def test_of_many_rows_as_many_are_drawn_as_are_needed(tmp_path):
     assert sorted(int(b["input_ids"][0, 0]) for b in read_batches(data, None, 999)) == [*range(100)]
 
 
-def test_that_a_base_is_not_quantised_is_said(run, tmp_path, capsys):
-    arguments = ["merge", str(run / "run/checkpoint-3"), "--output-dir", str(tmp_path / "out")]
+def test_that_a_base_is_not_quantised_is_said(run, tmp_path, caplog):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(run / "run/checkpoint-3", checkpoint)
+    (checkpoint / "merge_callback.json").unlink()
+    arguments = ["merge", str(checkpoint), "--output-dir", str(tmp_path / "out")]
     assert main(arguments) == 0
-    assert "merge it with --load-in-4bit" in capsys.readouterr().err
+    assert "if it was, merge with --load-in-4bit or --load-in-8bit" in caplog.text
+    caplog.clear()
+    assert main([*arguments, "--no-load-in-4bit"]) == 0
     assert main([*arguments, "--load-in-4bit", "--rounding", "nearest"]) == 0
-    assert "--load-in-4bit" not in capsys.readouterr().err
+    assert "--load-in-8bit" not in caplog.text
 
 
 def test_several_problems_have_a_head(tmp_path, capsys):

@@ -591,7 +591,8 @@ def test_any_file_of_an_adapter_may_hold_anything(theirs, capsys, file, text):
     start = time.monotonic()
     assert main(arguments) == 1
     told = capsys.readouterr().err
-    assert (SPOILED[file] in told or "cannot be read" in told) and "Traceback" not in told
+    known = (SPOILED[file], "cannot be read", "has no rows")
+    assert any(words in told for words in known) and "Traceback" not in told
     assert time.monotonic() - start < 10 and not list(theirs.glob("new/*"))
 
 
