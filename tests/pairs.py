@@ -3,6 +3,7 @@
 What a merge must give is computed here, without the library, in float64 and float32.
 """
 
+import copy
 import json
 import os
 import resource
@@ -15,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from models import base_weight, keep_cpu_weights_unpacked
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from transformers import BitsAndBytesConfig
 
 from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
 from merge_callback.export import check_merge
+from merge_callback.live import keep_cpu_weights_unpacked
 
 BASES = ("bfloat16", "nf4")
 SECONDS = 240
@@ -118,25 +120,30 @@ def _adapted(base, name):
         raise Unusable("its forward: answers differ from call to call")
     if not found[0].isfinite().any():
         raise Unusable("its forward: no output is finite")
-    settings = {"r": 4, "lora_alpha": 8}
-    if base.task == "causal":
-        settings["task_type"] = "CAUSAL_LM"
     try:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", **settings))
+        return _with_lora(base, name, lambda model: "all-linear"), told
     except Exception:  # as users then do: they name layers, and leave out those of state spaces
         with _usable("PEFT"):
-            model, told = base.load()
-            model = get_peft_model(model, LoraConfig(target_modules=_layers(model), **settings))
+            return _with_lora(base, name, _layers), told
+
+
+def _with_lora(base, name, targets):
+    model = base.load()[0]
+    task = "CAUSAL_LM" if base.task == "causal" else None
+    settings = {"target_modules": targets(model), "task_type": task}
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **settings))
     _train(model)
-    return model.eval(), told
+    logits(model.eval(), rows(name, 1, seed=1))
+    return model
 
 
 def _layers(model):
+    """Linear layers of the blocks, without those of state spaces that are read and not called."""
     found = set()
     for key, module in model.named_modules():
         parts = key.split(".")
-        if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in parts):
-            if not {"mamba", "mixer", "conv1d"}.intersection(parts):
+        if type(module) in (torch.nn.Linear, Linear4bit) and any(part.isdigit() for part in parts):
+            if not (parts[-2] in ("mamba", "mixer") and parts[-1] in ("out_proj", "dt_proj")):
                 found.add(key)
     return sorted(found)
 
@@ -166,7 +173,16 @@ def _base(layer):
     inner = layer.get_base_layer()
     if hasattr(layer, "parameter_name"):
         return getattr(inner, layer.parameter_name).detach().double()
-    return base_weight(inner)
+    return _decoded(inner)
+
+
+def _decoded(layer):
+    """The float64 weight of a layer; in 4 bits, what a GPU decodes."""
+    if not isinstance(layer, Linear4bit):
+        return layer.weight.detach().double()
+    state = copy.copy(layer.weight.quant_state)
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])  # a CPU takes rows apart
+    return dequantize_4bit(layer.weight.data, state).view(shape).double()
 
 
 def _added(layer, adapter):
@@ -256,7 +272,7 @@ def _check_values(base, live, path, told):
         module = before[owner]
         wanted = merged.get(key, getattr(module, attribute)).detach()
         if key not in merged and hasattr(getattr(module, attribute), "quant_state"):
-            wanted = base_weight(module)
+            wanted = _decoded(module)
         if type(after[owner]).__name__ == "Conv1D" != type(module).__name__ and wanted.dim() == 2:
             wanted = wanted.t()
         assert wanted.shape == tensor.shape, f"{key} is {tensor.shape}, not {wanted.shape}"
@@ -268,9 +284,11 @@ def _check_values(base, live, path, told):
 
 def _check_rounded(key, exact, tensor):
     """At most a neighbour of the nearest value; near 0, as near as float32 adds up."""
-    wanted = exact.to(tensor.dtype)
-    equal = float((wanted == tensor).double().mean())
-    slack = torch.finfo(tensor.dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
+    dtype = (
+        torch.bfloat16 if torch.equal(tensor.bfloat16().to(tensor.dtype), tensor) else tensor.dtype
+    )
+    equal = float((exact.to(dtype) == tensor).double().mean())  # of its file, up-cast in the model
+    slack = torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
     off = int(((exact - tensor.double()).abs() > slack).sum())
     assert off == 0 and equal > 0.99, (
         f"{key}: {off} values are not base + adapter, {equal:.2%} equal"
@@ -323,9 +341,12 @@ def in_float32(model):
             tensor.data = tensor.data.float()
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            weight = base_weight(module).float()
-            module.forward = partial(torch.nn.functional.linear, weight=weight, bias=module.bias)
+            module.forward = partial(_linear, _decoded(module).float(), module.bias)
     return model.eval()
+
+
+def _linear(weight, bias, inputs):
+    return torch.nn.functional.linear(inputs.float(), weight, bias)
 
 
 @torch.no_grad()

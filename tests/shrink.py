@@ -29,7 +29,7 @@ SIZES = {
     **_each(128, "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim"),
     **_each(128, "lru_width out_hidden_size max_position_embeddings n_positions n_ctx"),
     **_each(192, "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size feed_forward_hidden_size"),
-    **_each(192, "encoder_ffn_dim decoder_ffn_dim mlp_dim"),
+    **_each(192, "encoder_ffn_dim decoder_ffn_dim mlp_dim dff dim_ff"),
     **_each(2, "num_hidden_layers n_layer n_layers num_layers num_decoder_layers depth"),
     **_each(2, "num_encoder_layers encoder_layers decoder_layers max_window_layers"),
     **_each(4, "num_attention_heads n_head n_heads num_heads attention_heads"),
@@ -78,26 +78,42 @@ _QSA = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }  # fmt: skip
+_VQ = {"base_channels": 32, "num_embeddings": 64, "channel_multiplier": [1, 1]}
+_DOTS = {
+    "index_head_dim": 32, "index_n_heads": 2, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4, "swa_q_lora_rank": 64, "swa_kv_lora_rank": 64,
+    "swa_head_dim": 64, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32,
+}  # fmt: skip
 _COMPASS = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
 
 # What the rules above do not find: sizes that must fit one another, and defaults that are none.
 CHANGES: dict[str, dict] = {
-    "blt": {"encoder_hash_byte_group_vocab": 64},
-    "chameleon": {"vocabulary_map": {"<image>": 303}},
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64, "use_cache": False,
+        "encoder_config": {"hidden_size_global": 128},
+        "decoder_config": {"hidden_size_global": 128},
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 303}, "vq_config": _VQ},
+    "codegen": {"rotary_dim": 16},
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "diffusion_gemma": {
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
     },
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4},
     "dots3_note": {
-        "text_config": {"index_head_dim": 32, "index_n_heads": 2},
+        "text_config": _DOTS,
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 128},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 128, "feature_size": 16},
     },
-    "dots3_note_text": {"index_head_dim": 32, "index_n_heads": 2},
-    "emu3": {"vocabulary_map": {"<image>": 303}},
+    "dots3_note_text": _DOTS,
+    "emu3": {
+        "vocabulary_map": {"<image>": 303},
+        "vq_config": _VQ | {"hidden_size": 64, "codebook_size": 64, "num_attention_heads": 1},
+    },
     "ernie4_5_vl_moe": {
         "text_config": {
             "rope_parameters": _ROPE | {"mrope_section": [6, 6, 4]},
@@ -122,11 +138,12 @@ CHANGES: dict[str, dict] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {
         "image_grid_pinpoints": [[32, 32]], "deepstack_layer_map": [], "spatial_target_layers": [],
+        "downsample_rate": "1/2",
     },
     "inkling2": {"vision_config": {"text_hidden_size": 128}},
     "janus": {
         "vision_config": {"projection_dim": 128},
-        "vq_config": {"base_channels": 32, "num_embeddings": 64, "channel_multiplier": [1, 1]},
+        "vq_config": _VQ,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 32},  # their product is expand times hidden_size
@@ -141,7 +158,13 @@ CHANGES: dict[str, dict] = {
     "qwen2_vl": _MROPE,
     "qwen4_exp": {"text_config": _QSA},
     "qwen4_exp_text": _QSA,
-    "reformer": {"is_decoder": True},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2}, "projector_hidden_size": 128,
+    },
+    "reformer": {
+        "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [64, 64],
+    },
     "xlm": {"emb_dim": 128},
     "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -161,7 +184,7 @@ def shrunken(kind, changes=None, *, encoder=False):
     changes = dict(changes or {})
     base = kind()
     given = base.to_dict()
-    settings = _sizes(given, ENCODER if encoder else SIZES)
+    settings = _sizes(given, ENCODER if encoder else SIZES, kind.attribute_map)
     settings |= _tokens(given)
     settings |= _rope(given, settings)
     for name, part in _parts(base):
@@ -169,17 +192,19 @@ def shrunken(kind, changes=None, *, encoder=False):
         of_part = changes.pop(name, {})
         settings[name] = shrunken(part, of_part, encoder=encodes)
     settings |= changes
-    settings |= _per_layer(given, settings, changes)
+    settings |= _per_layer(kind, given, settings, changes)
     return kind(**settings)
 
 
-def _sizes(given, table):
+def _sizes(given, table, names):
+    table = table | {own: table[usual] for usual, own in names.items() if usual in table}
     found = {k: v for k, v in table.items() if isinstance(given.get(k), int | float)}
     found = {k: v for k, v in found.items() if not isinstance(given[k], bool)}
     if "kv_lora_rank" in found and "num_key_value_heads" in found:
         found["num_key_value_heads"] = found["num_attention_heads"]
-    if given.get("n_shared_experts", 1) is None:
-        found["n_shared_experts"] = 1
+    for name in ("n_shared_experts", "num_experts_per_tok"):
+        if given.get(name, 1) is None:
+            found[name] = table[name]
     if given.get("head_dim", 1) is None and "num_attention_heads" in given:
         found["head_dim"] = table["head_dim"]
     return found
@@ -217,11 +242,11 @@ def _parts(base):
             yield name, kind
 
 
-def _per_layer(given, settings, changes):
+def _per_layer(kind, given, settings, changes):
     """Lists of one entry a layer, as long as there are layers; all kinds of layers are there."""
     count, found = given.get("num_hidden_layers"), {}
     lists = [n for n in _PER_LAYER if isinstance(given.get(n), list) and n not in changes]
-    lists = [n for n in lists if len(given[n]) == count]
+    lists = [n for n in lists if len(given[n]) == count and not hasattr(kind, n)]
     kinds = {n: list(dict.fromkeys(given[n])) for n in lists}
     layers = max([settings.get("num_hidden_layers", 2), *map(len, kinds.values())])
     for name in lists:
