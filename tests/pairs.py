@@ -9,6 +9,7 @@ import os
 import resource
 import select
 import signal
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass
@@ -72,11 +73,11 @@ def cell(task, name, kind, place):
     base = Base(task, Path(place) / "base", kind)
     with _usable("its checkpoint"):
         save_small(task, name, base.path)
-    model, told = _adapted(base, name)
+    model, told = adapted(base, name)
     try:
         methods, note = _methods(model, kind)
     except MergeRefused as error:
-        return f"refused: {error.problems[0]}"
+        return f"refused: {_short(error.problems[0], place)}"
     rounding = "calibrated" if kind == "nf4" and "merged_4bit" in methods else "nearest"
     batches = {"calibration_data": rows(name, 3, seed=1)} if rounding == "calibrated" else {}
     held = rows(name, 2, seed=9)
@@ -84,13 +85,19 @@ def cell(task, name, kind, place):
         model, Path(place) / "out", save_method=methods, rounding=rounding, progress=False,
         verification_data=held, **batches,
     )  # fmt: skip
-    _check_files(base, result.paths["merged_16bit"])
-    _check_values(base, model, result.paths["merged_16bit"], told)
-    _check_outputs(base, model, result.paths, told, held, place)
+    check_files(base, result.paths["merged_16bit"])
+    check_values(base, model, result.paths["merged_16bit"], told)
+    check_outputs(base, model, result.paths, told, held, place)
     if left := (result.manifest["calibration"] or {}).get("left_out"):
         count = len(result.manifest["retention"]["merged_4bit"]["tensors"])
         note += f"; {len(left)} of {count} layers without data"
     return f"yes{note}"
+
+
+def _short(what, place):
+    """The first words of a message, for a cell of a table."""
+    words = " ".join(str(what).replace(str(place), "").replace("|", "/").split())
+    return textwrap.shorten(words, 120, placeholder=" …")
 
 
 # --- what users do ---------------------------------------------------------------------------
@@ -110,7 +117,7 @@ class _usable:
             raise Unusable(f"{self._what}: {type(error).__name__}: {error}") from error
 
 
-def _adapted(base, name):
+def adapted(base, name):
     """The live model with an adapter that changes each of its layers, and what its loader told."""
     with _usable("loading"):
         model, told = base.load()
@@ -239,7 +246,7 @@ def _header(path):
     return found
 
 
-def _check_files(base, path):
+def check_files(base, path):
     wanted, found = _header(base.path), _header(path)
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     assert not (missing or extra), (
@@ -252,7 +259,7 @@ def _check_files(base, path):
 
 
 @torch.no_grad()
-def _check_values(base, live, path, told):
+def check_values(base, live, path, told):
     """Each adapted weight is base + adapter, rounded once; each other one is the base's."""
     model, found = base.load(path)
     assert found.get("missing_keys") == told.get("missing_keys"), f"16 bits load with {found}"
@@ -302,7 +309,7 @@ def _same(one, other):
 
 
 @torch.no_grad()
-def _check_outputs(base, live, paths, told, held, place):
+def check_outputs(base, live, paths, told, held, place):
     """In float32: 16 bits are nearer than 2 % of what the adapter does, 4 bits keep half of it."""
     in_float32(live)
     wanted = logits(live, held)
@@ -314,6 +321,7 @@ def _check_outputs(base, live, paths, told, held, place):
     assert share > 1e-3, f"harness: the adapter moves the outputs by {share:.2g} only"
     found = logits(base.load(paths["merged_16bit"], torch.float32)[0], held)
     off = float((found - wanted)[seen].norm() / effect.norm())
+    assert off < 0.5, f"16 bits: off by {off:.3g} of the effect"
     if not off < 0.02:  # of rounding, where a router or a hash decides by a hair?
         whole = merge_adapter(
             live, Path(place) / "whole", save_method="merged_16bit", dtype="float32", verify=False,
@@ -389,7 +397,7 @@ def _serve(sender, *pair):
         try:
             told = cell(*pair)
         except Unusable as error:
-            told = f"unusable: {error}"
+            told = f"unusable: {_short(error, pair[-1])}"
         except BaseException:
             told = f"wrong: {traceback.format_exc()}"
         with os.fdopen(sender, "w") as pipe:

@@ -136,6 +136,9 @@ CHANGES: dict[str, dict] = {
         }
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granite4_vision": {
         "image_grid_pinpoints": [[32, 32]], "deepstack_layer_map": [], "spatial_target_layers": [],
         "downsample_rate": "1/2",
@@ -162,6 +165,7 @@ CHANGES: dict[str, dict] = {
     "nemotron_h_omni": {
         "vision_config": {"video_temporal_patch_size": 2}, "projector_hidden_size": 128,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [64, 64],
     },
@@ -171,7 +175,16 @@ CHANGES: dict[str, dict] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-NOT_BUILT: dict[str, str] = {}
+_TIMM = "its vision tower is of the timm library"
+_DRAFTS = "drafts for another model, whose keys and values it takes"
+NOT_TRIED = {
+    "fast_vlm": _TIMM,
+    "gemma3n": _TIMM,
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "inkling_mm_model": "its audio encoder needs the scipy library",
+    "perception_lm": _TIMM,
+}
 
 
 def shrunken(kind, changes=None, *, encoder=False):
