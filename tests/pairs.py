@@ -22,7 +22,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from shrink import AUTO, WORDS, save_small
+from shrink import AUTO, INPUTS, WORDS, save_small
 from transformers import BitsAndBytesConfig
 
 from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
@@ -227,7 +227,10 @@ def rows(name, count, seed):
     for index in range(count):
         generator = torch.Generator().manual_seed(100 * seed + index)
         ids = torch.randint(4, WORDS, (4, 24), generator=generator)
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        if name in INPUTS:
+            batch |= INPUTS[name](ids, generator)
+        found.append({column: tensor for column, tensor in batch.items() if tensor is not None})
     return found
 
 

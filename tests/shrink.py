@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 304
 WORDS = 240  # below are words, above the tokens that stand for images, audio and the like
+IMAGE = VOCABULARY - 1
 LARGEST = 25_000_000  # parameters
 AUTO = {"causal": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText}
 MAPPINGS = {
@@ -89,6 +90,7 @@ _COMPASS = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _R
 # What the rules above do not find: sizes that must fit one another, and defaults that are none.
 CHANGES: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blip-2": {"num_query_tokens": 4, "image_token_index": IMAGE},
     "blt": {
         "encoder_hash_byte_group_vocab": 64, "use_cache": False,
         "encoder_config": {"hidden_size_global": 128},
@@ -129,27 +131,42 @@ CHANGES: dict[str, dict] = {
     "gemma4_unified": {
         "vision_config": {"mm_embed_dim": 128, "mm_posemb_size": 16, "output_proj_dims": 128}
     },
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": _ROPE
+            | {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+        }
+    },
     "glm5_next": {
         "text_config": {
             "qk_rope_head_dim": 0, "head_dim": 0, "index_n_heads": 2, "index_head_dim": 32,
             "linear_head_dim": 32, "linear_num_heads": 4,
         }
     },
+    "glm_ocr": _MROPE,
+    "glmga": _MROPE,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 16},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "granite4_vision": {
         "image_grid_pinpoints": [[32, 32]], "deepstack_layer_map": [], "spatial_target_layers": [],
         "downsample_rate": "1/2",
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [4, 4, 4, 4]}}},
     "inkling2": {"vision_config": {"text_hidden_size": 128}},
+    "instructblip": {"num_query_tokens": 4, "image_token_index": IMAGE},
+    "instructblipvideo": {"num_query_tokens": 4, "video_token_index": IMAGE},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus": {
         "vision_config": {"projection_dim": 128},
         "vq_config": _VQ,
     },
+    "kosmos-2": {"latent_query_num": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 32},  # their product is expand times hidden_size
+    "mistral4": {"head_dim": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 128}},
     "muse_spark": {
         "audio_config": {
@@ -157,19 +174,22 @@ CHANGES: dict[str, dict] = {
         },
         "projector_hidden_size": 128,
     },
-    "qwen2_5_vl": _MROPE,
-    "qwen2_vl": _MROPE,
-    "qwen4_exp": {"text_config": _QSA},
-    "qwen4_exp_text": _QSA,
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h_omni": {
         "vision_config": {"video_temporal_patch_size": 2}, "projector_hidden_size": 128,
     },
+    "paddleocr_vl": _MROPE,
+    "qwen2_5_omni_thinker": _MROPE | {"vision_start_token_id": 300},
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
+    "qwen4_exp": {"text_config": _QSA},
+    "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [64, 64],
     },
     "xlm": {"emb_dim": 128},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
@@ -178,12 +198,59 @@ CHANGES: dict[str, dict] = {
 _TIMM = "its vision tower is of the timm library"
 _DRAFTS = "drafts for another model, whose keys and values it takes"
 NOT_TRIED = {
+    "diffusion_gemma": "its forward draws noise: no two runs agree",
     "fast_vlm": _TIMM,
     "gemma3n": _TIMM,
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
     "inkling_mm_model": "its audio encoder needs the scipy library",
     "perception_lm": _TIMM,
+    "pi0": "takes the states of a robot",
+}
+
+
+def _image(*shape):
+    return lambda ids, generator: {"pixel_values": torch.randn(*shape, generator=generator)}
+
+
+def _queries(ids, generator):
+    """Images, which are to take the place of their tokens, and what is asked of them."""
+    ids = torch.cat([torch.full((len(ids), 4), IMAGE), ids[:, 4:]], 1)
+    asked = {"qformer_input_ids": ids[:, 4:12], "input_ids": ids, "labels": ids}
+    return asked | _image(4, 3, 32, 32)(ids, generator)
+
+
+def _no_text(columns):
+    """An encoder of images, and what is to be said of them."""
+    return lambda ids, generator: {
+        "input_ids": None,
+        "attention_mask": None,
+        "labels": ids[:, :9],
+        **columns(ids, generator),
+    }
+
+
+# What a batch has beside text, or in its place (None).
+INPUTS = {
+    "blip": _image(4, 3, 32, 32),
+    "blip-2": lambda ids, generator: _queries(ids, generator) | {"qformer_input_ids": None},
+    "git": _image(4, 3, 32, 32),
+    "idefics": lambda ids, generator: {
+        "pixel_values": torch.randn(4, 1, 3, 32, 32, generator=generator),
+        "image_attention_mask": torch.ones(*ids.shape, 1),
+    },
+    "instructblip": _queries,
+    "instructblipvideo": lambda ids, generator: (
+        _queries(ids, generator) | _image(4, 1, 3, 32, 32)(ids, generator)
+    ),
+    "kosmos-2": lambda ids, generator: {
+        "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
+        "image_embeds_position_mask": torch.arange(ids.shape[1]).expand_as(ids) < 4,
+    },
+    "pix2struct": _no_text(
+        lambda ids, generator: {"flattened_patches": torch.rand(4, 8, 770, generator=generator)}
+    ),
+    "pp_formulanet": _no_text(_image(4, 3, 32, 32)),
 }
 
 
