@@ -39,6 +39,7 @@ INTRODUCTIONS = {
         "outputs on and without.",
     ],
 }
+PAIRS = ("Causal language models", "Images and text")  # each of an architecture and a base
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -53,6 +54,8 @@ def write(path, cells):
         "",
         f"{datetime.date.today().isoformat()}, CPU: {versions}.",
     ]
+    if PAIRS[0] in tables:
+        lines += ["", *summary([found for table, _, _, found in cells if table in PAIRS])]
     for table, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         lines += ["", f"## {table}", "", f"| | {' | '.join(columns)} |"]
@@ -61,3 +64,17 @@ def write(path, cells):
             lines.append(f"| {row} | {' | '.join(found.get(c, '') for c in columns)} |")
     with open(path, "w") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def summary(cells):
+    """How many pairs of an architecture and a base are right, and what became of the others."""
+
+    def count(*starts):
+        return sum(cell.startswith(starts) for cell in cells)
+
+    return [
+        f"Of {len(cells)} pairs of an architecture of transformers and a base,",
+        f"{count('yes', 'refused', 'FAILED')} run: {count('yes')} are right,",
+        f"{count('refused')} refused when planned, {count('FAILED')} wrong.",
+        f"{count('unusable')} are unusable without a merge too, {count('not tried')} not tried.",
+    ]
