@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    GroupWeightRename,
     PrefixChange,
     WeightConverter,
+    WeightRenaming,
     apply_converters,
     revert_weight_conversion,
 )
@@ -27,33 +29,45 @@ class CheckpointNames:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._conversions = _conversions(model)
+        reverse = [conversion.reverse_transform() for conversion in self._conversions[::-1]]
+        self._converters = [c for c in reverse if isinstance(c, WeightConverter)]
 
     def groups(self, keys: Iterable[str]) -> list[list[str]]:
         """`keys`, in their order, each with those that must be reverted together with it."""
-        reverse = [conversion.reverse_transform() for conversion in self._conversions[::-1]]
-        converters = [c for c in reverse if isinstance(c, WeightConverter)]
-        groups: dict[tuple[str, str], list[str]] = {}
-        for key in keys:
-            target, pattern = apply_converters(key, converters)
-            name = ("", key) if pattern is None else (pattern, target)
-            groups.setdefault(name, []).append(key)
+        groups: dict[str, list[str]] = {}
+        for key in keys:  # q, k and v have patterns of their own, and one target
+            groups.setdefault(apply_converters(key, self._converters)[0], []).append(key)
         return list(groups.values())
 
-    def revert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one group, or several, under their names in the checkpoint."""
-        if not self._conversions:
+    def revert(self, tensors: Mapping[str, Tensor], *, packed: bool = False) -> dict[str, Tensor]:
+        """The tensors of one group, or several, under their names in the checkpoint.
+
+        Args:
+            packed: they are quantised, so that none can be cut or joined. Those that transformers
+                would cut or join keep their names in memory, which it loads as well.
+        """
+        converted = (apply_converters(key, self._converters)[1] is not None for key in tensors)
+        if not self._conversions or (packed and any(converted)):
             return dict(tensors)
-        seen: Any = _Seen(self._model, self._conversions)
+        seen: Any = _Seen(self._model, self._conversions, tensors)
         reverted: dict[str, Tensor] = revert_weight_conversion(seen, dict(tensors))
         return reverted
 
 
 class _Seen:
-    """The live model, seen with other conversions than its own; the model itself is not touched."""
+    """The live model as conversions look at it: with those given, and without its adapter."""
 
-    def __init__(self, model: PreTrainedModel, conversions: list[Any]):
+    def __init__(
+        self, model: PreTrainedModel, conversions: list[Any], tensors: Mapping[str, Tensor]
+    ):
         self._seen_model = model
         self._weight_conversions = conversions
+        self._tensors = tensors
+
+    def get_parameter(self, name: str) -> Tensor:
+        """What is converted is asked for by its name; an adapter may have put it elsewhere."""
+        found = self._tensors.get(name)
+        return self._seen_model.get_parameter(name) if found is None else found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._seen_model, name)
@@ -65,7 +79,20 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         found = [c for c in mapping if not isinstance(c, PrefixChange)]
     # A conversion that only unpacks a quantised checkpoint has no way back, and needs none.
-    return [c for c in found if not _unpacks_quantised(c)]
+    return [one for c in found if not _unpacks_quantised(c) for one in _stateless(c)]
+
+
+def _stateless(conversion: Any) -> list[Any]:
+    """The same renaming for names that come one at a time, in any order."""
+    if not isinstance(conversion, GroupWeightRename):
+        return [conversion]
+    # It shifts numbers (norm0, norm1 -> norm1, norm2), so backwards the first has to go first.
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    renamings = [WeightRenaming(*pair) for pair in zip(sources, targets, strict=True)][::-1]
+    for renaming in renamings:
+        renaming.scope_prefix = conversion.scope_prefix
+        renaming.base_model_prefix = conversion.base_model_prefix
+    return renamings
 
 
 def _unpacks_quantised(conversion: Any) -> bool:

@@ -54,7 +54,7 @@ class Plan:
         names: from names in memory to names in a checkpoint.
         dtype: dtype of the 16-bit output.
         tied_names: weights that are not written, since they equal another one.
-        ties_broken: the adapter pulled tied embeddings apart, so both ends are written.
+        ties_broken: tied weights that the adapter pulled apart, so that every weight is written.
         quantization_config: what was asked for, for 4-bit output of a base of more bits.
         weights: all weights that are written, by name.
         view: the live model as if it were whole.
@@ -71,7 +71,7 @@ class Plan:
     names: CheckpointNames
     dtype: torch.dtype
     tied_names: tuple[str, ...]
-    ties_broken: bool
+    ties_broken: tuple[str, ...]
     quantization_config: Any
     weights: Mapping[str, Weight] = field(repr=False)
     view: WholeView

@@ -6,14 +6,15 @@ Reads no tensor data but of 32-bit weights that may be 16-bit ones, up-cast.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from merge_callback.adapters import Update
@@ -85,6 +86,7 @@ def _make_plan(
     if options.base == "original":
         weights = _with_originals(base, weights)
     weights, tied, untied = _without_ties(base, weights)
+    problems += _tie_problems(base, untied)
     for key in base._keys_to_ignore_on_save or ():
         weights.pop(key, None)
     containers = {
@@ -92,7 +94,7 @@ def _make_plan(
         for method in methods
         if method != "lora"
     }
-    if problems := [*_dtype_problems(containers)]:
+    if problems := [*problems, *_dtype_problems(containers)]:
         raise MergeRefused(problems)
     fours = containers.get("merged_4bit", {}).values()
     if "merged_4bit" in methods and not any(isinstance(c, Bnb4) for c in fours):
@@ -100,12 +102,15 @@ def _make_plan(
             ["the model has no linear layer to quantise; use save_method='merged_16bit'"]
         )
     names = CheckpointNames(base)
+    groups = tuple(_groups(names, weights, containers))
+    if problems := [*_name_problems(groups)]:
+        raise MergeRefused(problems)
     return Plan(
         model=base,
         peft_model=peft_model,
         adapters=active_adapters(peft_model),
         methods=methods,
-        groups=tuple(_groups(names, weights, containers)),
+        groups=groups,
         containers=containers,
         names=names,
         dtype=dtype,
@@ -191,27 +196,56 @@ def _with_originals(model: PreTrainedModel, weights: Mapping[str, Weight]) -> di
 
 def _without_ties(
     model: PreTrainedModel, weights: Mapping[str, Weight]
-) -> tuple[dict[str, Weight], tuple[str, ...], bool]:
-    """Drop each tied weight that still equals its source; say which, and whether one does not."""
-    kept, tied, untied = dict(weights), [], False
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if target not in kept or source not in kept:
-            continue
-        if _same(kept[target], kept[source]):
-            del kept[target]
-            tied.append(target)
-        else:
-            untied = True
-    return kept, tuple(tied), untied
+) -> tuple[dict[str, Weight], tuple[str, ...], tuple[str, ...]]:
+    """Drop each tied weight that still equals its source; say which, and which do not.
+
+    Once one does not, a config can only turn off all tying, so that every weight has to be written.
+    """
+    ties = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    pairs = [(end, source) for end, source in ties if end in weights and source in weights]
+    broken = tuple(end for end, source in pairs if not _same(weights[end], weights[source]))
+    if broken:
+        return dict(weights), (), broken
+    tied = tuple(end for end, _ in pairs)
+    return {key: weight for key, weight in weights.items() if key not in tied}, tied, ()
+
+
+def _tie_problems(model: PreTrainedModel, broken: tuple[str, ...]) -> Iterator[str]:
+    """Embeddings may part; a layer that is used at several places is one for every loader."""
+    ties = model.all_tied_weights_keys
+    layers = [
+        end
+        for end in broken
+        if not any(_is_embedding(model, key.rpartition(".")[0]) for key in (end, ties[end]))
+    ]
+    if layers:
+        others = f" and {len(layers) - 1} others" if len(layers) > 1 else ""
+        yield (
+            f"{layers[0]}{others}: the model shares the weight with {ties[layers[0]]}, and the "
+            "adapter trains them apart; leave shared layers out with exclude_modules"
+        )
+
+
+def _is_embedding(model: PreTrainedModel, path: str) -> bool:
+    return any(isinstance(part, nn.Embedding) for part in model.get_submodule(path).modules())
 
 
 def _same(one: Weight, other: Weight) -> bool:
     if list(map(_identity, one.updates)) != list(map(_identity, other.updates)):
         return False
-    if isinstance(one.stored, PlainWeight) and isinstance(other.stored, PlainWeight):
-        return bool(storage(one.stored.tensor) == storage(other.stored.tensor))
-    tensors = [w.stored.decode(w.stored.device) for w in (one, other)]
-    return tensors[0].data_ptr() == tensors[1].data_ptr()
+    if isinstance(one.stored, OffloadedWeight) and isinstance(other.stored, OffloadedWeight):
+        return one.stored.load().data_ptr() == other.stored.load().data_ptr()
+    held = [_held(weight.stored) for weight in (one, other)]
+    return bool(storage(held[0]) == storage(held[1]))
+
+
+def _held(stored: Stored) -> Tensor:
+    if isinstance(stored, Bnb4Weight):
+        return stored.packed
+    if isinstance(stored, Bnb8Weight):
+        return stored.codes
+    assert isinstance(stored, PlainWeight | OffloadedWeight | Dequantised)
+    return cast(Tensor, stored.tensor)
 
 
 def _identity(update: Update) -> tuple[Any, ...]:
@@ -229,10 +263,13 @@ def _containers(
     dtype: torch.dtype,
     options: MergeOptions,
 ) -> dict[str, Container]:
+    kept_in = _dtypes_by_class(model, dtype)
+    force = options.dtype is not None and method == "merged_16bit"
+    containers: dict[str, Container] = {
+        key: _plain(weight, kept_in(key) or dtype, force=force) for key, weight in weights.items()
+    }
     if method == "merged_16bit":
-        force = options.dtype is not None
-        return {key: _plain(weight, dtype, force=force) for key, weight in weights.items()}
-    containers: dict[str, Container] = {k: _plain(w, dtype) for k, w in weights.items()}
+        return containers
     for key, weight in weights.items():
         if isinstance(weight.stored, Bnb4Weight):
             containers[key] = _same_format(weight.stored, options)
@@ -240,6 +277,22 @@ def _containers(
         new = _new_format(dtype, options)
         containers |= dict.fromkeys(_quantisable(model, weights, options), new)
     return containers
+
+
+def _dtypes_by_class(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> Callable[[str], torch.dtype | None]:
+    """Which weights the class keeps in another dtype when a model is loaded in `dtype`."""
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not kept:
+        return lambda key: None
+    pattern, names, _ = build_glob_alternation(list(kept))
+
+    def kept_in(key: str) -> torch.dtype | None:
+        match = pattern.search(key)
+        return None if match is None else kept[names[str(match.lastgroup)]]
+
+    return kept_in
 
 
 def _plain(weight: Weight, dtype: torch.dtype, *, force: bool = False) -> Plain:
@@ -305,10 +358,26 @@ def _groups(
             for key in keys:
                 for name, spec in by_key[key].specs(key, weights[key].stored.shape).items():
                     flat[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-            reverted = names.revert(flat).items()
+            packed = any(isinstance(by_key[key], Bnb4) for key in keys)
+            reverted = names.revert(flat, packed=packed).items()
             ends = sorted(reverted, key=lambda item: -item[1].dtype.itemsize)
             specs[method] = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in ends}
         yield Group(tuple(weights[key] for key in keys), specs)
+
+
+def _name_problems(groups: Iterable[Group]) -> Iterator[str]:
+    """Each name of a checkpoint that several groups would write."""
+    known: dict[tuple[str, str], str] = {}
+    for group in groups:
+        key = group.weights[0].key
+        for method, specs in group.specs.items():
+            for name in specs:
+                other = known.setdefault((method, name), key)
+                if other != key:
+                    yield (
+                        f"{name}: {other} and {key} have this name in a checkpoint; "
+                        "use save_method='lora'"
+                    )
 
 
 def _alignment(stored: Stored) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,11 @@ from types import TracebackType
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merge_callback.codecs import TensorSpec
+from merge_callback.errors import CorruptVersion
 from merge_callback.files import FileRecord
 
 DTYPE_NAMES = {  # those that safetensors reads back
@@ -58,6 +61,9 @@ class CheckpointWriter:
         directory: exists; nothing in it is overwritten.
         groups: what to write, in order; the tensors of a group stay in one file.
         max_shard_size: bytes, or as "5GB"; a larger group gets a file of its own.
+
+    Raises:
+        ValueError: a name comes twice.
     """
 
     def __init__(
@@ -66,6 +72,9 @@ class CheckpointWriter:
         groups: Sequence[Mapping[str, TensorSpec]],
         max_shard_size: int | str,
     ):
+        names = Counter(name for group in groups for name in group)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"planned more than once: {', '.join(twice)}")
         self._directory = directory
         self._specs = {name: spec for group in groups for name, spec in group.items()}
         self._files = _split(groups, max_shard_size)
@@ -100,7 +109,8 @@ class CheckpointWriter:
             self._open[file] = _File(self._directory / file, specs)
         self._open[file].append(data)
         if last:
-            self.records[file] = self._open.pop(file).close()
+            self.records[file] = self._open[file].close()
+            del self._open[file]
 
     def _settle(self) -> None:
         """Wait for the thread, and raise what it met."""
@@ -138,6 +148,28 @@ class CheckpointWriter:
         (self._directory / "model.safetensors.index.json").write_text(text)
 
 
+def check_written(directory: Path, groups: Sequence[Mapping[str, TensorSpec]]) -> None:
+    """Read the headers of all files back, which safetensors compares with their lengths.
+
+    Raises:
+        CorruptVersion: they do not have the tensors of `groups`.
+    """
+    wanted = {name: spec for group in groups for name, spec in group.items()}
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
+        except SafetensorError as error:
+            raise CorruptVersion(f"{path} does not read back: {error}; merge again") from error
+    planned = {name: (tuple(spec.shape), DTYPE_NAMES[spec.dtype]) for name, spec in wanted.items()}
+    if differing := sorted(n for n in {*planned, *found} if planned.get(n) != found.get(n)):
+        told = ", ".join(differing)
+        raise CorruptVersion(f"{directory} does not have the tensors planned: {told}; merge again")
+
+
 def host_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor in host memory, row-major, as bytes."""
     values = tensor.detach().to("cpu").resolve_conj().resolve_neg()
@@ -172,8 +204,11 @@ class _File:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(path, flags, 0o666)  # the umask takes its share
         self.append(_header(specs))
+        self._planned = self._size + sum(spec.nbytes for spec in specs.values())
 
     def close(self) -> FileRecord:
+        if self._size != self._planned:
+            raise ValueError(f"{self._size} bytes written of a file of {self._planned}")
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         return FileRecord(self._size, self._hash.hexdigest())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.cores import in_order
 from merge_callback.errors import MergeError
 from merge_callback.host_memory import keep_small_blocks, return_freed_memory
@@ -23,7 +24,7 @@ from merge_callback.merging import Merging, check_finite
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Group, Plan
 from merge_callback.retention import Retention, retention
-from merge_callback.shards import CheckpointWriter
+from merge_callback.shards import CheckpointWriter, check_written
 from merge_callback.store import Draft
 
 _FREED = 1 << 28  # bytes of float32 weights between two times that memory is given back
@@ -49,6 +50,7 @@ def write_weights(
 
     Raises:
         MergeError: it was stopped.
+        CorruptVersion: the files do not read back.
     """
     kept: dict[str, dict[str, Retention]] = {method: {} for method in plan.containers}
     for place in places.values():
@@ -77,6 +79,7 @@ def write_weights(
                     return_freed_memory()
                     freed = 0
     for method, writer in writers.items():
+        check_written(places[method], [group.specs[method] for group in plan.groups])
         prefix = places[method].relative_to(draft.path)
         draft.records |= {(prefix / file).as_posix(): r for file, r in writer.records.items()}
     return kept
@@ -101,7 +104,8 @@ def _write_group(
             if weight.updates:
                 kept[method][weight.key] = arrived
     for method, writer in writers.items():
-        reverted = plan.names.revert(tensors.pop(method))
+        packed = any(isinstance(plan.containers[method][w.key], Bnb4) for w in group.weights)
+        reverted = plan.names.revert(tensors.pop(method), packed=packed)
         for name in group.specs[method]:
             writer.write(name, reverted.pop(name))
 
@@ -125,8 +129,10 @@ def _encode_on(
         for method, containers in plan.containers.items():
             container = containers[weight.key]
             if weight.replaced or container.dtype != weight.stored.dtype:
-                limit = torch.finfo(container.dtype).max
-                check_finite(weight, weight.decoded(device), limit)
+                limit, values = torch.finfo(container.dtype).max, weight.decoded(device)
+                if not weight.replaced:  # infinite values of the base are its own
+                    values = values.nan_to_num(0, 0, 0)
+                check_finite(weight, values, limit)
             yield method, container.copy(weight.key, weight.source, device), Retention()
         return
     containers = {method: by_key[weight.key] for method, by_key in plan.containers.items()}

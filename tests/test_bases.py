@@ -337,3 +337,32 @@ def test_weights_that_are_nowhere_are_refused(tmp_path):
 
 def test_every_architecture_names_a_class():
     assert all(hasattr(transformers, kind) for kind, _ in MODELS.values())
+
+
+def test_what_the_class_keeps_in_32_bits_stays_so(tmp_path):
+    base = load_base(save_base(tmp_path / "base"), "bfloat16")
+    base._keep_in_fp32_modules_strict = {"post_attention_layernorm"}
+    for layer in base.model.layers:  # their values fit 16 bits
+        layer.post_attention_layernorm.float()
+        layer.input_layernorm.float()
+    result = merge_adapter(adapt(base), tmp_path / "out", verify=False, progress=False)
+    written = load_file(result.path / "model.safetensors")
+    for name, tensor in written.items():
+        kept = "post_attention_layernorm" in name
+        assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
+    layer = base.model.layers[0].post_attention_layernorm
+    name = "model.layers.0.post_attention_layernorm.weight"
+    assert torch.equal(written[name], layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_values_that_nothing_changes_are_written_as_they_are(tmp_path, dtype):
+    path = save_base(tmp_path / "base", tied=False)
+    base = load_base(path, "bfloat16")
+    with torch.no_grad():
+        base.model.norm.weight[:2] = torch.tensor([torch.inf, -torch.inf])
+        base.model.norm.to(dtype)
+    result = merge_adapter(adapt(base, target_modules=["q_proj"]), tmp_path / "out")
+    written = load_file(result.path / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], base.model.norm.weight.to(torch.bfloat16))
+    assert result.manifest["verification"]["problems"] == []

@@ -430,6 +430,18 @@ def test_distillation_that_fails_keeps_what_was_calibrated(tmp_path, model, monk
     assert "none left" in caplog.text
 
 
+@pytest.mark.parametrize("rounding", ["calibrated", "tuned"])
+def test_an_adapter_that_changes_no_4bit_weight_has_nothing_to_round(tmp_path, rounding):
+    base = load_base(save_base(tmp_path / "base", tied=False), "nf4")
+    model = adapt(base, target_modules=["embed_tokens"])
+    result = merge_adapter(
+        model, tmp_path / "out", rounding=rounding, calibration_data=batches(2), progress=False
+    )
+    assert result.manifest["rounding"] == "nearest"
+    assert result.manifest["calibration"] is None
+    assert result.manifest["verification"]["problems"] == []
+
+
 def test_rounding_that_needs_data_is_refused_without(tmp_path, model):
     with pytest.raises(MergeRefused, match="needs calibration_data"):
         merge_adapter(model, tmp_path / "out", rounding="tuned")

@@ -2,19 +2,31 @@
 
 import pytest
 import torch
-from models import adapt, ulps
+from models import adapt, base_weight, merged_weights, ulps
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertForSequenceClassification,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.core_model_loading import (
+    GroupWeightRename,
+    WeightRenaming,
+    revert_weight_conversion,
 )
 
-from merge_callback import merge_adapter
+from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
 from merge_callback.conversions import CheckpointNames
+from merge_callback.export import check_merge
 from merge_callback.live import keep_cpu_weights_unpacked
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -106,3 +118,138 @@ def test_what_was_a_conv1d_is_turned_back(tmp_path):
     for path in result.paths.values():
         _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         assert not any(info.values()), info
+
+
+def nomic(path):
+    """Its checkpoint keeps q, k and v in one tensor, which transformers splits."""
+    config = NomicBertConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=304, max_position_embeddings=64, head_dim=32, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    NomicBertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def classifier(path, **settings):
+    model = NomicBertForSequenceClassification.from_pretrained(
+        path, dtype=torch.bfloat16, **settings
+    )
+    keep_cpu_weights_unpacked(model)
+    return model
+
+
+def test_what_the_checkpoint_keeps_in_one_tensor_is_one_group(tmp_path):
+    model = classifier(nomic(tmp_path / "base"))
+    names = CheckpointNames(model)
+    state = model.state_dict()
+    groups = names.groups(state)
+    assert sorted(key for group in groups for key in group) == sorted(state)
+    assert sum(len(group) == 3 for group in groups) == 2  # q, k and v of two layers
+    pieces = [names.revert({key: state[key] for key in group}) for group in groups]
+    assert sum(map(len, pieces)) == len({name for piece in pieces for name in piece})
+    together = revert_weight_conversion(model, dict(state))
+    apart = {name: tensor for piece in pieces for name, tensor in piece.items()}
+    assert apart.keys() == together.keys()
+    assert all(torch.equal(apart[name], together[name]) for name in together)
+
+
+def test_q_k_and_v_are_joined_and_every_byte_of_the_file_is_written(tmp_path):
+    model = classifier(nomic(tmp_path / "base"))
+    model = adapt(model, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    result = merge_adapter(model, tmp_path / "out")
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    written = load_file(result.path / "model.safetensors")
+    assert written.keys() == original.keys()
+    merged = merged_weights(model)
+    for i in range(2):
+        layer = next(name for name in merged if f"layers.{i}.self_attn.q_proj" in name)
+        q, v = (
+            merged[layer.replace("q_proj", part)].to(torch.bfloat16)
+            for part in ("q_proj", "v_proj")
+        )
+        (name,) = (n for n in original if f"layers.{i}.attn.Wqkv.weight" in n)
+        kept = original[name].chunk(3)[1]
+        assert ulps(written[name], torch.cat([q, kept, v])) <= 1
+        assert torch.equal(written[name].chunk(3)[1], kept)
+    _, info = NomicBertForSequenceClassification.from_pretrained(
+        result.path, output_loading_info=True
+    )
+    assert not any(info.values()), info
+
+
+def test_packed_weights_that_cannot_be_joined_keep_their_names_in_memory(tmp_path):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    base = classifier(nomic(tmp_path / "base"), quantization_config=config)
+    layers = {n for n, m in base.named_modules() if type(m).__name__ == "Linear4bit"}
+    model = adapt(base, target_modules=["q_proj", "v_proj"], task_type=None)
+    result = merge_adapter(model, tmp_path / "out", save_method="merged_4bit", rounding="nearest")
+    loaded, info = NomicBertForSequenceClassification.from_pretrained(
+        result.path, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    keep_cpu_weights_unpacked(loaded)
+    found = dict(loaded.eval().named_modules())
+    assert {n for n, m in found.items() if type(m).__name__ == "Linear4bit"} == layers
+    merged, live = merged_weights(model), dict(base.named_modules())
+    for name in layers:
+        weight = base_weight(found[name])
+        if f"{name}.weight" in merged:
+            expected = merged[f"{name}.weight"]
+            assert (weight - expected).norm() < 0.12 * expected.norm(), name
+        else:
+            assert torch.equal(weight, base_weight(live[name])), name
+    assert len(merged) == 4
+    assert loaded(input_ids=torch.arange(4, 20).view(2, 8)).logits.isfinite().all()
+
+
+def test_experts_whose_file_is_their_transpose_are_planned(tmp_path):
+    text = dict(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=304, num_experts=4,
+        num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=32, depth=1, num_heads=2, out_hidden_size=64,
+        deepstack_visual_indexes=[0], num_position_embeddings=16,
+    )  # fmt: skip
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    kind = Qwen3VLMoeForConditionalGeneration
+    kind(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = kind.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    fused = ["experts.gate_up_proj", "experts.down_proj"]
+    model = adapt(base, target_modules=["q_proj"], target_parameters=fused, scale=0.5)
+    result = merge_adapter(model, tmp_path / "out")
+    written = load_file(result.path / "model.safetensors")
+    assert {n: t.shape for n, t in written.items()} == {n: t.shape for n, t in original.items()}
+    changed = {name for name in written if not torch.equal(written[name], original[name])}
+    assert {name.rpartition("experts.")[2] for name in changed if "experts" in name} == {
+        "gate_up_proj", "down_proj",
+    }  # fmt: skip
+    assert result.manifest["retention"]["merged_16bit"]["overall"] == pytest.approx(1, abs=0.01)
+
+
+def test_names_that_shift_are_reverted_one_at_a_time(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=304,
+    ))  # fmt: skip
+    shift = [[r"block.(\d+).norm0", r"block.(\d+).norm1"], [r"block.\1.norm1", r"block.\1.norm2"]]
+    model._weight_conversions = [GroupWeightRename(*shift)]
+    names, one = CheckpointNames(model), torch.zeros(1)
+    for key, wanted in {"block.3.norm1": "block.3.norm0", "block.3.norm2": "block.3.norm1"}.items():
+        assert list(names.revert({key + ".weight": one})) == [wanted + ".weight"]
+
+
+def test_a_name_that_two_weights_would_have_is_refused_before_training(tmp_path):
+    path = tmp_path / "base"
+    base = AutoModelForCausalLM.from_pretrained(mixtral(path), dtype=torch.bfloat16)
+    base._weight_conversions = [
+        *base._weight_conversions,
+        WeightRenaming("model.norm.weight", "model.layers.1.input_layernorm.weight"),
+    ]
+    model = adapt(base, target_modules=["q_proj"])
+    with pytest.raises(MergeRefused, match=r"model\.norm\.weight: .* have this name"):
+        check_merge(model, MergeStore(tmp_path / "out"), MergeOptions())

@@ -27,9 +27,17 @@ from models import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BitsAndBytesConfig,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
-from merge_callback import MergeError, MergeRefused, MergeStore, merge_adapter
+from merge_callback import MergeError, MergeOptions, MergeRefused, MergeStore, merge_adapter
+from merge_callback.export import check_merge
 
 
 def load_weights(directory):
@@ -229,6 +237,50 @@ def test_an_adapter_on_one_end_unties_the_embeddings(tmp_path):
     assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
     live = logits(model)
     assert (logits(loaded) - live).norm() < 0.05 * live.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {}], ids=["whole", "lora"])
+def test_every_weight_is_written_once_one_of_several_ties_breaks(tmp_path, settings):
+    config = BartConfig(
+        d_model=128, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=304,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = BartForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    targets = ["q_proj"] if settings else ["q_proj", "lm_head"]
+    model = adapt(base, target_modules=targets, task_type="SEQ_2_SEQ_LM", **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.05
+    result = merge_adapter(model, tmp_path / "out")
+    loaded, info = BartForConditionalGeneration.from_pretrained(
+        result.path, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    written, shared = load_weights(result.path), base.model.shared.weight
+    for name in ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens"):
+        assert torch.equal(written[f"{name}.weight"], shared), name
+        assert torch.equal(loaded.get_submodule(name).weight, shared), name
+    assert not torch.equal(loaded.lm_head.weight, shared)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_at_several_places_of_one_layer_are_refused_before_training(tmp_path):
+    config = Zamba2Config(
+        vocab_size=304, hidden_size=64, num_hidden_layers=4, intermediate_size=64,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], num_attention_heads=2,
+        num_key_value_heads=2, mamba_d_state=16, n_mamba_heads=4, mamba_ngroups=1,
+        num_mem_blocks=1, hybrid_layer_ids=[1, 3], adapter_rank=4, chunk_size=16, pad_token_id=0,
+    )  # fmt: skip
+    told = r"the model shares the weight with model\.layers\.1.* with exclude_modules"
+    model = adapt(Zamba2ForCausalLM(config), target_modules=["down_proj"])
+    with pytest.raises(MergeRefused, match=told):
+        check_merge(model, MergeStore(tmp_path), MergeOptions())
+    model = adapt(Zamba2ForCausalLM(config), target_modules=["layers.0.mamba.in_proj"])
+    check_merge(model, MergeStore(tmp_path), MergeOptions())
 
 
 def test_modules_trained_whole_replace_the_base_ones(tmp_path):

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from merge_callback.codecs import TensorSpec
+from merge_callback.errors import CorruptVersion
 from merge_callback.files import hash_file
-from merge_callback.shards import DTYPE_NAMES, CheckpointWriter
+from merge_callback.shards import DTYPE_NAMES, CheckpointWriter, _File, check_written
 
 
 def spec(tensor):
@@ -92,6 +93,37 @@ def test_a_missing_tensor_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"not finished: model\.safetensors"):
         with CheckpointWriter(tmp_path, specs, "5GB") as writer:
             writer.write("a", torch.zeros(2))
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    specs = [{"a": TensorSpec((2,), torch.float32)}, {"a": TensorSpec((2,), torch.float32)}]
+    with pytest.raises(ValueError, match="planned more than once: a"):
+        CheckpointWriter(tmp_path, specs, "5GB")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data", [b"", bytes(4), bytes(12)])
+def test_a_file_is_covered_to_its_last_byte(tmp_path, data):
+    file = _File(tmp_path / "file", {"a": TensorSpec((2,), torch.float32)})
+    file.append(data)
+    with pytest.raises(ValueError, match="bytes written of a file of"):
+        file.close()
+    file.abandon()
+
+
+def test_files_are_read_back_against_the_plan(tmp_path):
+    tensors = {"a": torch.randn(10), "b": torch.randn(3, 5).half()}
+    write(tmp_path, [tensors])
+    specs = {name: spec(tensor) for name, tensor in tensors.items()}
+    check_written(tmp_path, [specs])
+    wrong = {"a": TensorSpec((5, 2), torch.float32)}, {"b": TensorSpec((3, 5), torch.bfloat16)}
+    for changes in (*wrong, {"c": TensorSpec((1,), torch.int8)}):
+        with pytest.raises(CorruptVersion, match=f"planned: {next(iter(changes))};"):
+            check_written(tmp_path, [specs | changes])
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 1)
+    with pytest.raises(CorruptVersion, match="does not read back"):
+        check_written(tmp_path, [specs])
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path):

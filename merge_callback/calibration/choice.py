@@ -79,6 +79,9 @@ def choose(
     if method == "stochastic" and not plan.on_a_grid:
         logger.warning("the base is not on a 4-bit grid: merging with rounding='nearest'")
         method = without_data
+    if method in ("calibrated", "tuned") and not plan.to_round():
+        logger.info("no 4-bit weight changes, so there is nothing to round")
+        return Choice(without_data)
     if method not in ("calibrated", "tuned"):
         return Choice(method)
     try:
