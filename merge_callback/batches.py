@@ -27,15 +27,12 @@ Batch = Mapping[str, Any]
 
 # Collators that keep the names of the columns.
 _KEEP_NAMES = ("transformers.data.data_collator", "trl.trainer.sft_trainer")
-# What a batch is made of, (rows, length, ...): the first that is there tells how many tokens.
-_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "decoder_input_ids",
-    "input_features",
-    "input_values",
-    "pixel_values",
-)
+# What a batch is made of, (rows, ...): the first that is there tells how many tokens.
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_BESIDE = ("labels", "mask")  # how the names end of what is no input by itself
+_PATCH = 16  # pixels a side, of which most encoders make a token
+_SAMPLES = 320  # of sound, 20 ms, the same
+_FRAMES = 2  # of a spectrogram, the same
 
 
 class Drawn:
@@ -51,7 +48,7 @@ class Drawn:
     """
 
     def __init__(self, model: PreTrainedModel, loader: Any, batch_size: int):
-        self._inputs = ("inputs_embeds", model.main_input_name)
+        self._inputs = ("inputs_embeds", *_main_inputs(model))
         self._loader = loader
         self._batch_size = batch_size
 
@@ -65,7 +62,9 @@ class Drawn:
         except MergeError as error:  # no reason to stop a training
             logger.info("the dataset cannot be asked for batches (%s)", error)
             return
-        if first is None or not any(isinstance(first.get(key), Tensor) for key in self._inputs):
+        if not isinstance(first, Mapping):  # examples, of which the trainer makes batches itself
+            return
+        if not any(isinstance(first.get(key), Tensor) for key in self._inputs):
             return
         yield first
         yield from batches
@@ -178,16 +177,33 @@ class _LastBatches:
 
 def tokens_in(batch: Batch) -> int:
     """Tokens of a batch that are no padding."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return int(mask.sum())
-    return _positions_in(batch)
+    positions, mask = _positions_in(batch), token_mask(batch)
+    if mask is None or not mask.numel():
+        return positions
+    return positions * int(mask.sum()) // mask.numel()  # a mask of sound has one value a sample
 
 
 def _positions_in(batch: Batch) -> int:
     """Tokens of a batch, padding included; from shapes, so that no device is waited for."""
-    ids = next(iter(_inputs(batch)), None)
-    return 0 if ids is None else ids.shape[0] * ids.shape[1]
+    rows, length = _shape_of(batch)
+    return rows * length
+
+
+def _shape_of(batch: Batch) -> tuple[int, int]:
+    """Rows of a batch, and the tokens that a model makes of one, as most encoders do."""
+    key, inputs = next(_inputs(batch), ("", None))
+    if inputs is None:
+        return 0, 0
+    rows, *sizes = inputs.shape
+    if key in _TEXTS:
+        return rows, sizes[0]
+    if len(sizes) == 1:
+        length = sizes[0] // (_SAMPLES if key == "input_values" else 1)
+    elif len(sizes) == 2:  # the longer one is time
+        length = max(sizes) // _FRAMES
+    else:  # images, or frames of a video
+        length = math.prod(sizes[:-3]) * math.prod(sizes[-2:]) // _PATCH**2
+    return rows, max(1, length)
 
 
 def take(batches: Iterable[Batch], tokens: int) -> list[Batch]:
@@ -232,12 +248,12 @@ def hold_out(
 
 def split_batch(batch: Batch, tokens: int) -> list[Batch]:
     """Pieces of about this many tokens, at least one sequence each, where rows are sequences."""
-    rows, length = next(_inputs(batch)).shape[:2]
+    rows, length = _shape_of(batch)
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     split = {key for key, value in tensors.items() if value.dim() and len(value) == rows}
     if any(value.dim() and key not in split for key, value in tensors.items()):
         return [batch]  # its rows are no sequences: patches of images, ends of packed texts
-    at_once = max(1, tokens // length)
+    at_once = max(1, tokens // max(1, length))
     return [
         {k: v[start : start + at_once] if k in split else v for k, v in batch.items()}
         for start in range(0, rows, at_once)
@@ -245,10 +261,12 @@ def split_batch(batch: Batch, tokens: int) -> list[Batch]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its inputs."""
-    embedding: Any = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    return device
+    """Where the model takes its inputs: where its first parameter is.
+
+    A model on several devices moves them by itself.
+    """
+    devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # offloaded
+    return devices[0]
 
 
 def model_inputs(
@@ -258,7 +276,7 @@ def model_inputs(
     inputs of a decoder are made of them.
 
     Args:
-        device: None: where the model's embedding is.
+        device: None: where the model takes its inputs.
     """
     known = _parameters(model)
     device = device or input_device(model)
@@ -309,7 +327,15 @@ def _parameters(model: nn.Module) -> set[str]:
     return set(inspect.signature(type(model).forward).parameters)
 
 
-def _inputs(batch: Batch) -> Iterator[Tensor]:
-    for key in _INPUTS:
+def _main_inputs(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the model is made to take: one name, or several for some."""
+    names = model.main_input_name
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _inputs(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """What has a row for each example; text first, then whatever a model may take."""
+    others = (key for key in batch if key not in _TEXTS and not key.endswith(_BESIDE))
+    for key in (*_TEXTS, *others):
         if isinstance(batch.get(key), Tensor) and batch[key].dim() > 1:
-            yield batch[key]
+            yield key, batch[key]

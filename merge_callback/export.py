@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from merge_callback.batches import Batch
-from merge_callback.calibration.choice import choose
+from merge_callback.calibration.choice import choose, rounding_problems
 from merge_callback.companions import cache_of_base, generation_problems
 from merge_callback.data import Data, gather
 from merge_callback.drafts import Beside, Clock, MergeResult, failed, publish
@@ -151,6 +151,7 @@ def check_merge(
         plan = make_plan(model, options, processes)
         needed = plan.nbytes * saves
         problems += generation_problems(plan)
+        problems += rounding_problems(plan, options)
         if options.verify is True and plan.containers:
             problems += loading_problems(plan)
     except MergeRefused as error:

@@ -116,6 +116,10 @@ def report_text(manifest: Manifest, tensors: Tensors) -> str:
             f"; {what}: {found}" for what, found in checks.items() if found != "passed"
         )
         parts.append(f"Checks that passed: {', '.join(passed) or 'none'}{others}.")
+    left_out = (manifest.get("calibration") or {}).get("left_out") or {}
+    if left_out:
+        lines = "".join(f"- {inline(name)}: {inline(why)}\n" for name, why in left_out.items())
+        parts.append(f"Rounded without data:\n\n{lines}".rstrip())
     for method, by_name in tensors.items():
         parts.append(f"## {method}\n\n{_tensor_table(by_name)}")
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in manifest["seconds"].items())

@@ -14,7 +14,10 @@ from typing import Any
 import numpy
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from merge_callback.undo import Undone, put
 
@@ -65,6 +68,18 @@ def stand_in(layer: nn.Module) -> StandIn:
     return StandIn(getattr(inner, "bias", None))
 
 
+def is_a_product(layer: nn.Module) -> bool:
+    """Whether a linear layer computes no more than one, so that a stand-in does as well.
+
+    A router may be a subclass that returns scores and choices, or one for each group of inputs.
+    """
+    inner: Any = layer
+    while isinstance(inner, BaseTunerLayer):
+        inner = inner.base_layer
+    owner = next(kind for kind in type(inner).__mro__ if "forward" in vars(kind))
+    return owner in (nn.Linear, Conv1D) or owner.__module__.startswith("bitsandbytes.")
+
+
 def computing_dtype(device: torch.device) -> torch.dtype:
     """What products of large matrices are computed in: 16 bits where the device is fast at that."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -86,10 +101,23 @@ def standing_in(model: nn.Module, stand_ins: Mapping[str, Callable[..., Tensor]]
     return Undone(change)
 
 
-def evaluating(model: nn.Module) -> Undone:
-    """No dropout, no gradient checkpointing; each module's own mode comes back."""
+def without_cache(model: nn.Module) -> Undone:
+    """No keys and values are kept, by whatever way a forward is told so."""
 
     def change(undo: ExitStack) -> None:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and vars(config).get("use_cache"):
+                put(undo, vars(config), "use_cache", False)
+
+    return Undone(change)
+
+
+def evaluating(model: nn.Module) -> Undone:
+    """No dropout, no gradient checkpointing, no cache; each module's own mode comes back."""
+
+    def change(undo: ExitStack) -> None:
+        undo.enter_context(without_cache(model))
         for module in model.modules():
             if module.training:
                 undo.callback(vars(module).__setitem__, "training", True)

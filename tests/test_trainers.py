@@ -140,7 +140,7 @@ def test_a_trainer_ends_with_a_merged_model(tmp_path, make, support):
     assert found["problems"] == [] and found["data"]
     if "merged_4bit" in result.paths:
         assert result.manifest["rounding"] == "tuned"
-        assert result.manifest["calibration"]["left_out"] == []
+        assert result.manifest["calibration"]["left_out"] == {}
 
 
 OPTIONS = {
@@ -167,7 +167,7 @@ def test_an_option_of_sft_changes_nothing_of_that(tmp_path, option, support):
     run.train()
     (result,) = callback.results
     assert result.manifest["verification"]["problems"] == []
-    assert result.manifest["calibration"]["left_out"] == []
+    assert result.manifest["calibration"]["left_out"] == {}
     if option == "resume":
         args = {"max_steps": 3} | OPTIONS[option]
         callback = MergeOnSaveCallback(rounding="nearest")

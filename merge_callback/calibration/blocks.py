@@ -7,7 +7,8 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from merge_callback.errors import MergeError
 from merge_callback.stand_ins import (
     SMALL,
     Reached,
@@ -27,7 +27,8 @@ from merge_callback.stand_ins import (
 from merge_callback.undo import Undone, hooked
 
 _SHIFTED = 0.02  # relative error below which a sum has moved as its summand did
-_ALIKE = 0.1  # the same for a block that is run alone, in more bits than within the model
+_AGAIN = 0.02  # the same for a block that is run once more, where sums may have another order
+_ALIKE = 0.5  # the same in more bits than within the model, by which routers may choose otherwise
 
 Weights = Mapping[str, Tensor]  # name of a linear layer within its block -> (out, in)
 
@@ -60,6 +61,11 @@ class Call(NamedTuple):
 
 
 INPUT = object()
+NOT_ALL = "not all batches take the same way through the model"
+
+
+class Unrunnable(Exception):
+    """Why a block cannot be run alone; no error of a merge, which goes on without it."""
 
 
 class Block:
@@ -72,22 +78,29 @@ class Block:
 
     Attributes:
         linears: the same, with their names in the model.
-        calls: one for each batch.
-        starts: its inputs, one for each batch, where they are no outputs of the block before.
-        output: what it gave for the first batch, within the live model.
+        calls: one for each batch that reaches it.
+        starts: its input is not the output of the block before.
+        given: its input for the first batch, within the live model.
+        output: what it gave for it.
         returns_tensor: it gave that alone, no tuple.
     """
 
     def __init__(self, name: str, module: nn.Module, linears: Sequence[str]):
         self.name = name
         self.calls: list[Call] = []
-        self.starts: list[Tensor] = []
+        self.starts = False
+        self.given: Tensor | None = None
         self.output: Tensor | None = None
         self.returns_tensor = False
         self.linears = {n: f"{name}.{n}" if n else name for n in linears}
         self._module = module
         self._stand_ins = {n: stand_in(module.get_submodule(n)) for n in linears}
         self.dtype = stream_dtype(module, linears)
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self.calls.clear()
+        self.given = self.output = None
 
     def opened(self) -> Undone:
         """Ready to be run."""
@@ -103,21 +116,25 @@ class Block:
         """The outputs for the inputs `hidden` of a batch."""
         for name, weight in weights.items():
             self._stand_ins[name].product = partial(product, weight=weight)
-        call = self.calls[batch]
+        return self._called(batch, hidden.to(self.dtype))
+
+    def _called(self, batch: int, hidden: Tensor) -> Tensor:
+        """What the module gives as it is; tensors beside `hidden` are widened to its dtype."""
 
         def put(value: Any) -> Any:
             if value is INPUT:
-                return hidden.to(self.dtype)
-            if isinstance(value, tuple | list):
-                return type(value)(map(put, value))
+                return hidden.clone()  # some add to it in place
             if isinstance(value, Tensor) and value.is_floating_point():
-                return value.to(self.dtype)
-            return value
+                narrow = value.dtype.itemsize < hidden.dtype.itemsize
+                return value.to(hidden.dtype) if narrow else value
+            return rebuilt(value, put)
 
+        call = self.calls[batch]
         kwargs = {name: put(value) for name, value in call.kwargs.items()}
-        output = self._module(*map(put, call.args), **kwargs)
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
-        return first
+        output = first_tensor(self._module(*map(put, call.args), **kwargs))
+        if output is None:
+            raise Unrunnable("it gives no tensor")
+        return output
 
     def meet(
         self, batch: int, hidden: Tensor, weights: Weights, group: Group
@@ -127,16 +144,15 @@ class Block:
         reader = group.reader
 
         def watch(inputs: Tensor) -> None:
-            met.append(inputs)
             if reader is None:
                 raise Reached(inputs)
+            met.append(inputs.clone())  # what comes behind may change it in place
 
         stand = self._stand_ins[group.names[0]]
         stand.watch = watch
         try:
             if reader is None:
-                self._run_until(batch, hidden, weights)
-                read = None
+                return self._run_until(batch, hidden, weights), None
             elif reader.module:
                 with self._stopped_at(reader.module, met):
                     read = self._run_until(batch, hidden, weights)
@@ -152,10 +168,12 @@ class Block:
         outputs: dict[str, Tensor] = {}
         for name, stand in self._stand_ins.items():
             stand.watch = lambda inputs, name=name: order.append((name, inputs))
-            stand.listen = partial(outputs.__setitem__, name)
-        reads = self._reads(hidden, weights)
-        for stand in self._stand_ins.values():
-            stand.watch = stand.listen = None
+            stand.listen = lambda made, name=name: outputs.__setitem__(name, made.clone())
+        try:
+            reads = self._reads(hidden, weights)
+        finally:
+            for stand in self._stand_ins.values():
+                stand.watch = stand.listen = None
         found: list[tuple[list[str], Tensor]] = []
         for name, inputs in order:
             if any(name in names for names, _ in found):
@@ -195,15 +213,15 @@ class Block:
         for module, read in after.items():
             if module not in before or before[module].shape != read.shape:
                 continue
-            if read.shape[-1] != len(shift):
+            if read.shape[-1] != len(shift) or read.numel() != outputs.numel():
                 continue
             moved = (read - before[module]).float()
             factor = float((moved @ shift).mean() / (shift @ shift))
             error = (moved - factor * shift).norm() / moved.norm()
             if factor == 0 or not error < _SHIFTED:
                 continue
-            alone = (before[module] - factor * outputs).norm() < _SHIFTED * before[module].norm()
-            if not alone:
+            added = before[module] - factor * outputs.view_as(read)  # tokens may lie in one row
+            if not added.norm() < _SHIFTED * before[module].norm():
                 return Reader(module, factor)
         return None
 
@@ -227,27 +245,42 @@ class Block:
             reads[""] = self.run(0, hidden, weights)
         return reads
 
-    def check(self, hidden: Tensor, weights: Weights) -> None:
-        """Compare with what the block gave within the live model.
+    def check(self) -> None:
+        """Run the block alone, as it is, and compare with what it gave within the live model.
 
         Raises:
-            MergeError: it is not the same.
+            Unrunnable: it is not the same.
+            FloatingPointError: the live model gave values that are not finite.
         """
+        if self.given is None or self.output is None:
+            raise Unrunnable("it gives no tensor")
+        if not self.output.isfinite().all():
+            raise FloatingPointError(f"{self.name}: its outputs are not finite")
+        self._compare(self._called(0, self.given), _AGAIN)
+
+    def check_with(self, weights: Weights) -> None:
+        """The same with stand-ins, in the dtype that it is calibrated in.
+
+        Raises:
+            Unrunnable: it is another block.
+        """
+        assert self.given is not None
+        self._compare(self.run(0, self.given, weights), _ALIKE)
+
+    def _compare(self, alone: Tensor, limit: float) -> None:
         assert self.output is not None
-        alone = self.run(0, hidden, weights)
+        if alone.shape != self.output.shape:
+            raise Unrunnable("run alone it gives another shape than within the live model")
         error = float((alone - self.output).float().norm() / self.output.float().norm())
-        if not error < _ALIKE:
-            raise MergeError(
-                f"{self.name}: run alone it differs from the live model by {error:.2g}, so it "
-                "cannot be calibrated; use rounding='stochastic'"
-            )
+        if not error < limit:
+            raise Unrunnable(f"run alone it differs from the live model by {error:.2g}")
 
     def _run_until(self, batch: int, hidden: Tensor, weights: Weights) -> Tensor:
         try:
             self.run(batch, hidden, weights)
         except Reached as reached:
             return reached.value
-        raise MergeError(f"{self.name}: not all batches take the same way through the model")
+        raise Unrunnable(NOT_ALL)
 
     def _stopped_at(self, module: str, met: list[Tensor]) -> Undone:
         """Stop where `module` reads after the group has met its inputs."""
@@ -275,3 +308,23 @@ def stream_dtype(module: nn.Module, apart: Iterable[str]) -> torch.dtype:
             if not name.startswith(prefixes):
                 return parameter.dtype
     return torch.float32
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a block gives to the next one: the first of its outputs, if that is a tensor."""
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A container with changed members, which is another one; what is none comes back itself."""
+    if isinstance(value, tuple | list):
+        members = map(change, value)
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    if isinstance(value, MutableMapping):
+        copied = copy.copy(value)
+        for key, member in value.items():
+            copied[key] = change(member)
+        return copied
+    return value

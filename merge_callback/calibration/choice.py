@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from merge_callback.batches import Batch, hold_out, input_device, take
 from merge_callback.calibration.distillation import distil
-from merge_callback.calibration.sequential import calibrate
+from merge_callback.calibration.sequential import calibrate, unfit
 from merge_callback.errors import MergeError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
@@ -100,6 +100,30 @@ def choose(
     return Choice(without_data)
 
 
+def rounding_problems(plan: Plan, options: MergeOptions) -> Iterator[str]:
+    """What stands against rounding with data that was asked for, as far as the model tells.
+
+    Layers that will be left out are named in a warning.
+    """
+    weights, left_out = plan.to_round(), unfit(plan)
+    if options.rounding not in ("calibrated", "tuned") or not left_out:
+        return
+    name, why = next(iter(left_out.items()))
+    if len(left_out) == len(weights):
+        yield (
+            f"rounding={options.rounding!r}: no layer can be calibrated, for {name} and "
+            f"{len(weights) - 1} others: {why}; use rounding='stochastic'"
+        )
+        return
+    logger.warning(
+        "%d of %d layers will be rounded without data, since %s: %s",
+        len(left_out),
+        len(weights),
+        why,
+        ", ".join(left_out),
+    )
+
+
 def _with_data(
     plan: Plan,
     options: MergeOptions,
@@ -121,13 +145,7 @@ def _with_data(
         processes=processes,
     )
     report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
-    if done.left_out:
-        logger.warning(
-            "%d layers were rounded without data, since %s: %s",
-            len(done.left_out),
-            "time was up" if time.monotonic() > deadline else "no tokens reached them",
-            ", ".join(done.left_out),
-        )
+    _say_left_out(done.left_out)
     if method == "calibrated" or time.monotonic() > deadline or not processes.leads:
         return Choice("calibrated", done.rounded, report)
     try:
@@ -141,6 +159,15 @@ def _with_data(
     return Choice("tuned", tuned.rounded, report)
 
 
+def _say_left_out(left_out: Mapping[str, str]) -> None:
+    """Each reason once, with its layers."""
+    for why in dict.fromkeys(left_out.values()):
+        names = [name for name, reason in left_out.items() if reason == why]
+        logger.warning(
+            "%d layers were rounded without data, since %s: %s", len(names), why, ", ".join(names)
+        )
+
+
 def _share(batches: Sequence[Batch], processes: Processes) -> Sequence[Batch]:
     """This process's part of batches that all processes have; the first is everybody's."""
     own = batches[processes.rank :: processes.count]
@@ -149,9 +176,8 @@ def _share(batches: Sequence[Batch], processes: Processes) -> Sequence[Batch]:
 
 def _tokens(plan: Plan, options: MergeOptions) -> int:
     """How many tokens to look at, as far as their streams fit into memory."""
-    config = plan.model.config.get_text_config()
     memory = options.calibration_memory or _free_memory(plan) // 4
-    fitting = int(memory / (_STREAM_BYTES * config.hidden_size))
+    fitting = int(memory / (_STREAM_BYTES * _width(plan)))
     if fitting < options.calibration_tokens:
         logger.warning(
             "calibrating with %d tokens instead of %d: more do not fit into %.1f GB of "
@@ -161,6 +187,14 @@ def _tokens(plan: Plan, options: MergeOptions) -> int:
             memory / 1e9,
         )
     return min(options.calibration_tokens, fitting)
+
+
+def _width(plan: Plan) -> int:
+    """Of the stream between blocks: what the config says, or the widest that layers tell of."""
+    told = getattr(plan.model.config.get_text_config(), "hidden_size", None)
+    if isinstance(told, int):
+        return told
+    return max((min(weight.stored.shape) for weight in plan.to_round().values()), default=1)
 
 
 def _free_memory(plan: Plan) -> int:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from merge_callback.batches import Batch, loss_mask, split_batch
+from merge_callback.batches import Batch, loss_mask, model_inputs, split_batch
 from merge_callback.calibration.blocks import stream_dtype
 from merge_callback.calibration.recording import final_input
 from merge_callback.errors import MergeError
@@ -48,6 +49,7 @@ _WARM_UP = 10  # steps
 _EPOCHS = 2
 _STEP_TOKENS = 1024
 _HEAD_TOKENS = 256  # whose logits are held at once
+_MOST_DIMENSIONS = 3  # of scores: rows, tokens, classes; images have others
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,14 @@ class _Models(Undone):
     def __init__(self, plan: Plan, weights: Mapping[str, Weight]):
         super().__init__(self._open)
         self.model = plan.model
-        self.head: nn.Module = plan.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        # None: what the model gives are scores of classes already.
+        self.head: nn.Module | None = plan.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._stand_ins = {n: stand_in(plan.model.get_submodule(n)) for n in weights}
         for name, weight in weights.items():
             self._stand_ins[name].product = _live_product(weight)
 
     def _open(self, undo: contextlib.ExitStack) -> None:
-        embedding = self.model.get_input_embeddings()
+        embedding = _embedding(self.model)
         kept_out = (
             *self._stand_ins,
             *(n for n, m in self.model.named_modules() if m in (embedding, self.head)),
@@ -228,8 +231,9 @@ class _Models(Undone):
         undo.enter_context(torch.enable_grad())
         if stream_dtype(self.model, kept_out) == torch.float32:
             undo.enter_context(in_float32(self.model))
-            hooked(undo, embedding)
-            embedding.register_forward_hook(lambda module, args, output: output.float())
+            if embedding is not None:
+                hooked(undo, embedding)
+                embedding.register_forward_hook(_in_float32)
 
     def compute_with(self, products: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         for name, compute in products.items():
@@ -237,7 +241,7 @@ class _Models(Undone):
 
     def final(self, batch: Batch) -> Tensor:
         """Inputs of the output layer for the tokens that count, (tokens, hidden size)."""
-        hidden = final_input(self.model, batch)
+        hidden = _scores(self.model, batch) if self.head is None else final_input(self.model, batch)
         mask = loss_mask(batch)
         flat = hidden.flatten(0, -2)
         if mask is None or mask.numel() != len(flat):  # of an encoder, these are its decoder's
@@ -245,9 +249,31 @@ class _Models(Undone):
         return flat[mask.flatten().to(flat.device)]
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if self.head is None:
+            return hidden.float()
         dtype = next(self.head.parameters()).dtype
         out: Tensor = self.head(hidden.to(dtype))
         return out.float()
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module | None:
+    """What the stream comes from; None: the model takes sounds, or does not tell."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _in_float32(_: nn.Module, __: tuple[Any, ...], output: Any) -> Tensor | None:
+    return output.float() if isinstance(output, Tensor) else None
+
+
+def _scores(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What a model without an output layer says of the classes of each row, (..., classes)."""
+    found = getattr(model(**model_inputs(model, batch)), "logits", None)
+    if not isinstance(found, Tensor) or found.dim() > _MOST_DIMENSIONS:
+        raise MergeError("the model's outputs are no scores of classes")
+    return found
 
 
 def _checkpointed(model: nn.Module) -> dict[str, Callable[..., Any]]:

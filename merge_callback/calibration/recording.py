@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, model_inputs
-from merge_callback.calibration.blocks import INPUT, Block, Call
+from merge_callback.calibration.blocks import (
+    INPUT,
+    NOT_ALL,
+    Block,
+    Call,
+    Unrunnable,
+    first_tensor,
+    rebuilt,
+)
 from merge_callback.errors import MergeError
 from merge_callback.stand_ins import Reached, standing_in
 from merge_callback.undo import hooked
@@ -26,7 +34,9 @@ class _Recorders:
     def __init__(self, order: dict[str, Block]):
         self._order = order
         self._index = 0
-        self._last: Tensor | None = None  # output of the block that ran last
+        self._last: tuple[int, int] | None = None  # output of the block that ran last: id, version
+        self._kept: Tensor | None = None  # that it is still that one
+        self._copy: Tensor | None = None  # of it; what comes behind may change it in place
 
     def next_batch(self) -> None:
         self._index += 1
@@ -34,36 +44,46 @@ class _Recorders:
 
     def before(self, block: Block) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(block.calls) == self._index:
-                return  # called again in the same forward: its first call counts
-            found: list[Tensor] = []
-
-            def cut(value: Any) -> Any:
-                if isinstance(value, Tensor) and value.is_floating_point() and not found:
-                    found.append(value)
-                    return INPUT
-                return value
-
-            call = Call(tuple(map(cut, args)), {k: cut(v) for k, v in kwargs.items()})
-            if not found:
-                raise MergeError(
-                    f"{block.name}: it is called without an input, so it cannot be run"
-                )
+            if len(block.calls) > self._index or (self._index and block.name not in self._order):
+                return  # called again in the same forward, or not in the first: its first counts
+            call, given = _cut(args, kwargs)
+            if given is None:
+                return
             block.calls.append(call)
-            self._order.setdefault(block.name, block)
-            if found[0] is not self._last:
-                block.starts.append(found[0])
+            follows = self._last == (id(given), given._version)
+            block.starts = block.starts or not follows
+            if self._index == 0:
+                self._order[block.name] = block
+                block.given = self._copy if follows else given.clone()
 
         return hook
 
     def after(self, block: Block) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            self._last = output if isinstance(output, Tensor) else output[0]
+            last = first_tensor(output)
+            if last is None or block.name not in self._order:
+                self._last = None
+                return
+            self._kept, self._last = last, (id(last), last._version)
             if block.output is None:
-                block.output = self._last
+                block.output = self._copy = last.clone()
                 block.returns_tensor = isinstance(output, Tensor)
 
         return hook
+
+
+def _cut(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Tensor | None]:
+    """A call without its input, which is the first floating tensor; None: there is none."""
+    found: list[Tensor] = []
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and not found:
+            found.append(value)
+            return INPUT
+        return rebuilt(value, cut)
+
+    call = Call(tuple(map(cut, args)), {k: cut(v) for k, v in kwargs.items()})
+    return call, found[0] if found else None
 
 
 def find_blocks(model: PreTrainedModel, linears: Sequence[str]) -> list[Block]:
@@ -97,7 +117,7 @@ def record(
 ) -> list[Block]:
     """Note how the live model calls its blocks; returns them in the order of their calls.
 
-    Blocks that no batch reaches are left out.
+    Blocks that the first batch does not reach are left out.
     """
     order: dict[str, Block] = {}
     recorders = _Recorders(order)
@@ -108,14 +128,31 @@ def record(
             module.register_forward_pre_hook(recorders.before(block), with_kwargs=True)
             module.register_forward_hook(recorders.after(block))
         for index, batch in enumerate(batches):
-            recorders.next_batch()
+            if index:
+                recorders.next_batch()
             if index == 1 and _calls_are_shared(list(order.values())):
                 undo.enter_context(standing_in(model, dict.fromkeys(order, _pass_on)))
             final_input(model, batch)
-    for block in order.values():
-        if len(block.calls) != len(batches) or len(block.starts) not in (0, len(batches)):
-            raise MergeError(f"{block.name}: not all batches take the same way through the model")
     return list(order.values())
+
+
+def inputs_of(model: PreTrainedModel, block: Block, batches: Sequence[Batch]) -> list[Tensor]:
+    """What the live model gives to a block, float32; it runs up to there once for each batch."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _cut(args, kwargs)[1]
+        if given is not None:
+            raise Reached(given.float())
+
+    with ExitStack() as undo:
+        module = model.get_submodule(block.name)
+        hooked(undo, module)
+        module.register_forward_pre_hook(stop, with_kwargs=True)
+        found = [_reached(model, model_inputs(model, batch)) for batch in batches]
+    given = [tensor for tensor in found if tensor is not None]
+    if len(given) < len(found):
+        raise Unrunnable(NOT_ALL)
+    return given
 
 
 def _calls_are_shared(blocks: Sequence[Block]) -> bool:
@@ -161,13 +198,16 @@ def final_input(model: PreTrainedModel, batch: Batch) -> Tensor:
     with ExitStack() as undo:
         hooked(undo, head)
         head.register_forward_pre_hook(stop)
-        return _reached(model, inputs)
+        given = _reached(model, inputs)
+    if given is None:
+        raise MergeError("the model has an output layer that its forward does not use")
+    return given
 
 
-def _reached(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """What a forward that is stopped has found."""
+def _reached(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+    """What a forward that is stopped has found; None: it came to its end."""
     try:
         model(**inputs)
     except Reached as reached:
         return reached.value
-    raise MergeError("the model has an output layer that its forward does not use")
+    return None

@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from merge_callback.batches import Batch, token_mask, tokens_in
-from merge_callback.calibration.blocks import Block, Group
-from merge_callback.calibration.recording import find_blocks, record
+from merge_callback.calibration.blocks import NOT_ALL, Block, Group, Unrunnable
+from merge_callback.calibration.recording import find_blocks, inputs_of, record
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.errors import MergeError
 from merge_callback.live import Weight
@@ -36,10 +36,18 @@ from merge_callback.plan import Plan
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
 from merge_callback.rounding.grid import Grid, Rounded
-from merge_callback.stand_ins import computing_dtype
+from merge_callback.stand_ins import computing_dtype, is_a_product
 
 _CORRECTION_DAMPING = 0.02  # c, in units of the mean of H's diagonal, and at least
 _CORRECTION_DAMPING_OF_FEW = 0.3  # times the inputs to a token
+OUT_OF_TIME = "time was up"
+_NO_TOKENS = "no tokens reached them"
+_NO_PRODUCT = "their forward is more than a product with the weight"
+
+
+def _reason(error: Exception) -> str:
+    told = str(error) if isinstance(error, Unrunnable) else f"{type(error).__name__}: {error}"
+    return f"their block cannot be run alone ({told})"
 
 
 @dataclass
@@ -48,14 +56,14 @@ class Calibration:
 
     Attributes:
         rounded: weight -> its codes and scales.
-        left_out: layers that could not be calibrated: no tokens reached them, or time was up.
+        left_out: layers that could not be calibrated -> why.
         tokens: how many were looked at.
-        error: relative error of the stream behind the last block, |live - merged| / |live|; None:
-            no block was run.
+        error: relative error of the stream behind the last block that was run,
+            |live - merged| / |live|; None: there is none.
     """
 
     rounded: dict[str, Rounded] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     error: float | None = None
 
@@ -82,23 +90,44 @@ def calibrate(
             the leader's and counts once.
 
     Raises:
-        MergeError: the model cannot be run block by block, or gives values that are not finite.
+        MergeError: the live model does not run on these data, gives values that are not finite, or
+            none of its layers can be calibrated.
     """
     tokens = torch.tensor(sum(map(tokens_in, batches[0 if processes.leads else 1 :])))
     processes.add_up(tokens)
     done = Calibration(tokens=int(tokens))
     weights = plan.to_round()
-    blocks = record(plan.model, find_blocks(plan.model, list(weights)), batches)
+    done.left_out |= unfit(plan)
+    linears = [name for name in weights if name not in done.left_out]
+    blocks = _recorded(plan, linears, batches)
     reached = {name for block in blocks for name in block.linears.values()}
-    done.left_out += [name for name in weights if name not in reached]
+    done.left_out |= {name: _NO_TOKENS for name in linears if name not in reached}
     walk = _Walk(plan, batches, done, processes)
     for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
         if processes.from_leader(time.monotonic() > deadline):
-            done.left_out += block.linears.values()
+            done.left_out |= dict.fromkeys(block.linears.values(), OUT_OF_TIME)
         else:
             walk.through(block, {n: weights[full] for n, full in block.linears.items()})
-    done.error = walk.error()
+    done.error = walk.error
+    if weights and not done.rounded and OUT_OF_TIME not in done.left_out.values():
+        name, why = next(iter(done.left_out.items()))
+        raise MergeError(f"none of {len(weights)} layers can be calibrated ({name}: {why})")
     return done
+
+
+def unfit(plan: Plan) -> dict[str, str]:
+    """Layers that no data can calibrate -> why; what the structure of the model tells of it."""
+    layers = {name: plan.model.get_submodule(name) for name in plan.to_round()}
+    return {name: _NO_PRODUCT for name, layer in layers.items() if not is_a_product(layer)}
+
+
+def _recorded(plan: Plan, linears: Sequence[str], batches: Sequence[Batch]) -> list[Block]:
+    try:
+        return record(plan.model, find_blocks(plan.model, linears), batches)
+    except (MergeError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # columns that are not its inputs, a layer that PEFT cannot run
+        raise MergeError(f"the live model does not run on these data: {error}") from error
 
 
 class _Walk:
@@ -109,40 +138,90 @@ class _Walk:
     ):
         self._plan = plan
         self._processes = processes
+        self._batches = batches
         self._masks = [token_mask(batch) for batch in batches]
         self._done = done
         self._live: list[Tensor] = []  # inputs of the next block, batch by batch
         self._merged: list[Tensor] = []
+        self.error: float | None = None
 
     def through(self, block: Block, weights: Mapping[str, Weight]) -> None:
-        """Round the layers of a block, and go on to the next."""
-        if block.starts:
-            self._live = [start.float() for start in block.starts]
-            self._merged = list(self._live)
-            block.starts.clear()
+        """Round the layers of a block, and go on to the next.
+
+        Where a block cannot be run alone its layers are left out, and the next one begins with what
+        the live model gives to it.
+        """
         wanted = {name: weight.merged(weight.decoded()) for name, weight in weights.items()}
         live = {name: weight.to(computing_dtype(weight.device)) for name, weight in wanted.items()}
+        try:
+            groups, reason = self._understood(block, live)
+            if reason is None:
+                self._through(block, groups, weights, wanted, live)
+        except FloatingPointError as error:
+            raise MergeError(f"{error}; did training diverge?") from error
+        except Exception as error:
+            if self._processes.count > 1 or isinstance(error, torch.OutOfMemoryError | MemoryError):
+                raise
+            reason = _reason(error)
+        if reason is not None:
+            self._live, self._merged = [], []
+        for name, full in block.linears.items():
+            if weights[name].key not in self._done.rounded:
+                self._done.left_out[full] = reason or _NO_TOKENS
+        block.forget()
+
+    def _understood(
+        self, block: Block, live: Mapping[str, Tensor]
+    ) -> tuple[Sequence[Group], str | None]:
+        """The groups of a block; or why it cannot be run, which all processes find alike."""
+        groups: Sequence[Group] = ()
+        failed: Exception | None = None
+        try:
+            groups = self._groups(block, live)
+        except (FloatingPointError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            failed = error
+        reason = self._processes.from_leader(None if failed is None else _reason(failed))
+        if failed is not None and reason is None:
+            raise failed
+        return groups, reason
+
+    def _groups(self, block: Block, live: Mapping[str, Tensor]) -> Sequence[Group]:
+        if len(block.calls) < len(self._batches):
+            raise Unrunnable(NOT_ALL)
+        block.check()
+        if block.starts or not self._live:
+            self._live = inputs_of(self._plan.model, block, self._batches)
+            self._merged = list(self._live)
+        with block.opened():
+            block.check_with(live)
+            return block.groups(self._live[0], live) if live else ()
+
+    def _through(
+        self,
+        block: Block,
+        groups: Sequence[Group],
+        weights: Mapping[str, Weight],
+        wanted: Mapping[str, Tensor],
+        live: Mapping[str, Tensor],
+    ) -> None:
         merged = dict(live)
         with block.opened():
-            block.check(self._live[0], live)
-            groups = block.groups(self._live[0], live) if weights else []
             for group in groups:
                 for name, rounded in self._round(block, group, weights, wanted, live, merged):
                     self._done.rounded[weights[name].key] = rounded
                     merged[name] = self._decode(weights[name], rounded)
-            met = {name for group in groups for name in group.names}
-            self._done.left_out += [full for n, full in block.linears.items() if n not in met]
             self._live = [block.run(i, h, live) for i, h in enumerate(self._live)]
             self._merged = [block.run(i, h, merged) for i, h in enumerate(self._merged)]
+        self.error = self._apart()
 
-    def error(self) -> float | None:
+    def _apart(self) -> float:
         """How far the streams are apart."""
-        if not self._live:
-            return None
         apart = sum(
             float((a - b).pow(2).sum()) for a, b in zip(self._live, self._merged, strict=True)
         )
-        return math.sqrt(apart / sum(float(a.pow(2).sum()) for a in self._live))
+        return math.sqrt(apart / (sum(float(a.pow(2).sum()) for a in self._live) or 1.0))
 
     def _round(
         self,
@@ -174,9 +253,7 @@ class _Walk:
                 group.names, calibrated(rows, moments.inputs, moments.tokens), strict=True
             )
         except FloatingPointError as error:
-            raise MergeError(
-                f"{weights[group.names[0]].key}: {error}; did training diverge?"
-            ) from error
+            raise FloatingPointError(f"{weights[group.names[0]].key}: {error}") from error
 
     def _start(self, weight: Weight, wanted: Tensor) -> tuple[Grid, Tensor]:
         """The grid to begin with: the base's own, or that of nearest rounding."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, model_inputs, split_batch, token_mask
 from merge_callback.errors import MergeError
+from merge_callback.stand_ins import without_cache
 
 _PIECE = 1024  # tokens that a model is given at once, or one sequence
 _ROWS = 256  # compared at once, in float32
@@ -80,7 +81,7 @@ class Speaker:
     @torch.no_grad()
     def outputs(self, batch: Batch) -> tuple[Tensor, bool]:
         """The logits of a batch; or its first outputs, and that they are no logits."""
-        with self.within():
+        with self.within(), without_cache(self.model):
             found = self.model(**model_inputs(self.model, batch, self.device))
         logits = getattr(found, "logits", None)
         if isinstance(logits, Tensor):
