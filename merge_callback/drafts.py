@@ -32,6 +32,7 @@ from merge_callback.weights import write_weights
 logger = logging.getLogger(__name__)
 
 _NAMES = {"gain_kept": "gain kept", "kl": "KL"}
+_NAMED = 5
 _LITTLE = 0.5  # retention, or gain kept, below which most of what was trained is lost
 
 
@@ -129,6 +130,13 @@ def publish(
         _try("the model card", cards)
         draft.seal()
         version = store.publish(draft, beside.name, manifest)
+    if plan.carried:
+        logger.info(
+            "%s: %d tensors that transformers does not load are those of the base's files: %s",
+            version.path,
+            len(plan.carried),
+            ", ".join(tensor.name for tensor in plan.carried[:_NAMED]),
+        )
     _report(plan, version, kept, clock, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
 
