@@ -7,7 +7,7 @@ conversion is run backwards. Some conversions need several weights at once: thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     apply_converters,
+    rename_source_key,
     revert_weight_conversion,
 )
 
@@ -38,6 +39,33 @@ class CheckpointNames:
         for key in keys:  # q, k and v have patterns of their own, and one target
             groups.setdefault(apply_converters(key, self._converters)[0], []).append(key)
         return list(groups.values())
+
+    def loaded(self, keys: Iterable[str]) -> Callable[[str], bool]:
+        """Whether a name in the checkpoint is loaded into a tensor of one of these names."""
+        known, prefix = dict.fromkeys(keys, True), self._model.base_model_prefix
+        renamings, converters = self._forward()
+
+        def is_loaded(name: str) -> bool:
+            renamed, _ = rename_source_key(name, renamings, converters, prefix, known)
+            plain, _ = rename_source_key(name, [], [], prefix, known)
+            return renamed in known or plain in known
+
+        return is_loaded
+
+    def renamed(self, names: Iterable[str]) -> set[str]:
+        """The names that a loader reports of tensors which the model does not make."""
+        renamings, converters = self._forward()
+        found = set()
+        for name in names:
+            renamed, pattern = rename_source_key(name, renamings, converters)
+            ends = next((c.target_patterns for c in converters if pattern in c.source_patterns), [])
+            found |= {renamed, *(renamed.replace(ends[0], end) for end in ends)}
+        return found
+
+    def _forward(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
+        return renamings, [c for c in mapping if isinstance(c, WeightConverter)]
 
     def revert(self, tensors: Mapping[str, Tensor], *, packed: bool = False) -> dict[str, Tensor]:
         """The tensors of one group, or several, under their names in the checkpoint.

@@ -33,7 +33,13 @@ from merge_callback.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
+_NAMED = 5
 _LITTLE = 0.5  # retention below which most of what was trained is lost
+=======
+_NAMES = {"gain_kept": "gain kept", "kl": "KL"}
+_NAMED = 5
+_LITTLE = 0.5  # retention, or gain kept, below which most of what was trained is lost
+>>>>>>> a
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ def publish(
         _try("the model card", cards)
         draft.seal()
         version = store.publish(draft, beside.name, manifest)
+<<<<<<< HEAD
     _report(version, kept, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
 

@@ -54,6 +54,7 @@ def merge_manifest(
         "best_step": training.best_step,
         "base": _base(plan),
         "merged_into": "original" if plan.from_original else "live",
+        "carried": [tensor.name for tensor in plan.carried],
         "adapters": list(plan.adapters),
         "adapter_sha256": adapter_hash(plan),
         "save_methods": list(plan.methods),

@@ -1,4 +1,4 @@
-"""The 16-bit checkpoint that a quantised base was made from. Read only, a tensor at a time.
+"""The checkpoint that a base was loaded from, or quantised from. Read only, a tensor at a time.
 
 It is found where `from_pretrained` found it, in a directory or in the hub's cache, never over the
 network, and each weight is checked to be the one that was quantised. Knows nothing of outputs.
@@ -7,23 +7,33 @@ network, and each weight is checked to be the one that was quantised. Knows noth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from merge_callback.codecs import TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.conversions import CheckpointNames
+from merge_callback.engines import class_of
 from merge_callback.errors import MergeError, MergeRefused
+from merge_callback.shards import DTYPE_NAMES
+
+logger = logging.getLogger(__name__)
 
 _CURE = "use base='live', or load the base from its 16-bit checkpoint in safetensors files"
+# Of older checkpoints: computed when a model is made.
+_OLD_BUFFERS = re.compile(r"inv_freq$|position_ids$|\.masked_bias$|\.attn\.bias$")
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,10 @@ def find_originals(
     Raises:
         MergeRefused: the checkpoint, or a tensor in it, is not there.
     """
-    files = _files(model)
+    files = _files(_locator(model))
+    if not files:
+        source = getattr(model.config, "_name_or_path", "") or "the base"
+        raise MergeRefused([f"base='original': the checkpoint of {source} is not here; {_CURE}"])
     names = CheckpointNames(model)
     found, missing = {}, []
     for key, (stored, transposed) in quantised.items():
@@ -93,31 +106,101 @@ def find_originals(
     return found
 
 
-def _files(model: PreTrainedModel) -> dict[str, Path]:
-    """Tensor of the checkpoint -> its file."""
+@dataclass(frozen=True)
+class Unloaded:
+    """A tensor of the base's checkpoint that transformers does not load, as MTP heads are."""
+
+    file: Path
+    name: str
+    spec: TensorSpec
+
+    def read(self) -> Tensor:
+        with safe_open(self.file, "pt", device="cpu") as checkpoint:
+            tensor: Tensor = checkpoint.get_tensor(self.name)
+        return tensor
+
+
+def find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]:
+    """What the checkpoint of a model has, and the model does not make.
+
+    Nothing where the checkpoint is not at hand, is quantised itself, or is of another class or of
+    another number of layers: then what is left out is left out on purpose.
+
+    Args:
+        keys: names of the model's tensors, its tied ones and its buffers included.
+    """
+    try:
+        return _find_unloaded(model, keys)
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        logger.warning(
+            "the base's checkpoint cannot be read (%s): tensors of it that transformers does not "
+            "load are not carried along",
+            error,
+        )
+        return []
+
+
+def _find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]:
+    locate = _locator(model)
+    path = locate(CONFIG_NAME)
+    config = None if path is None else json.loads(path.read_text())
+    if config is None or not _is_of(model, config):
+        return []
+    files, known = _files(locate), CheckpointNames(model).loaded(keys)
+    names = [name for name in files if not known(name) and not _OLD_BUFFERS.search(name)]
+    return [found for name in names if (found := _unloaded(files[name], name)) is not None]
+
+
+def _unloaded(file: Path, name: str) -> Unloaded | None:
+    dtypes = {text: dtype for dtype, text in DTYPE_NAMES.items()}
+    with safe_open(file, "pt") as checkpoint:
+        tensor = checkpoint.get_slice(name)
+        dtype = dtypes.get(tensor.get_dtype())
+        shape = tuple(tensor.get_shape())
+    return None if dtype is None else Unloaded(file, name, TensorSpec(shape, dtype))
+
+
+def _is_of(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
+    layers = config.get("text_config", config).get("num_hidden_layers")
+    own = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return (
+        class_of(model).__name__ in (config.get("architectures") or ())
+        and layers in (None, own)
+        and not config.get("quantization_config")
+    )
+
+
+def _locator(model: PreTrainedModel) -> Callable[[str], Path | None]:
+    """Where a file of the base lies: in its directory, or in the hub's cache."""
     source = getattr(model.config, "_name_or_path", "")
     revision = getattr(model.config, "_commit_hash", None)
 
     def locate(file: str) -> Path | None:
-        found = cached_file(
-            source,
-            file,
-            revision=revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return None if found is None else Path(found)
+        try:
+            found = source and cached_file(
+                source,
+                file,
+                revision=revision,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # a directory that is gone
+            return None
+        return Path(found) if found else None
 
-    index = locate(SAFE_WEIGHTS_INDEX_NAME) if source else None
+    return locate
+
+
+def _files(locate: Callable[[str], Path | None]) -> dict[str, Path]:
+    """Tensor of the checkpoint -> its file; empty where it is not at hand."""
+    index = locate(SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
         located = {part: locate(part) for part in set(parts.values())}
         return {name: path for name, part in parts.items() if (path := located[part]) is not None}
-    single = locate(SAFE_WEIGHTS_NAME) if source else None
+    single = locate(SAFE_WEIGHTS_NAME)
     if single is None:
-        raise MergeRefused(
-            [f"base='original': the checkpoint of {source or 'the base'} is not here; {_CURE}"]
-        )
+        return {}
     with safe_open(single, "pt") as checkpoint:
         return dict.fromkeys(checkpoint.keys(), single)

@@ -24,6 +24,7 @@ from merge_callback.live import (
     any_4bit,
     trained_state,
 )
+from merge_callback.originals import Unloaded
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Grid, Rounded
 from merge_callback.sharding import storage, whole
@@ -34,10 +35,18 @@ _ADAPTERS = "<adapters>"  # announced in place of a weight's name
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are converted together, and what each method writes of them, in file order."""
+    """Weights that are converted together, and what each method writes of them, in file order.
+
+    `carried`: what is copied of the base's checkpoint instead; then there are no weights.
+    """
 
     weights: tuple[Weight, ...]
     specs: Mapping[str, Mapping[str, TensorSpec]]  # method -> name in the checkpoint -> spec
+    carried: Unloaded | None = None
+
+    @property
+    def name(self) -> str:
+        return self.weights[-1].key if self.carried is None else self.carried.name
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,11 @@ class Plan:
     view: WholeView
     sharded: bool = False
     processes: Processes = ALONE
+
+    @property
+    def carried(self) -> tuple[Unloaded, ...]:
+        """What is copied of the base's checkpoint, since transformers does not load it."""
+        return tuple(group.carried for group in self.groups if group.carried is not None)
 
     def whole(self, weight: Weight) -> Weight:
         """For the leader: a weight with what other processes, which are `giving`, hold of it."""

@@ -37,7 +37,7 @@ from merge_callback.live import (
     read_weights,
 )
 from merge_callback.options import MergeOptions
-from merge_callback.originals import find_originals
+from merge_callback.originals import Unloaded, find_originals, find_unloaded
 from merge_callback.plan import Group, Plan
 from merge_callback.processes import ALONE, Processes
 from merge_callback.refusals import adapter_problems, sharding_problems, weight_problems
@@ -85,6 +85,7 @@ def _make_plan(
     dtype = options.output_dtype or _base_dtype(base, weights.values())
     if options.base == "original":
         weights = _with_originals(base, weights)
+    unloaded = find_unloaded(base, [*weights, *(name for name, _ in base.named_buffers())])
     weights, tied, untied = _without_ties(base, weights)
     problems += _tie_problems(base, untied)
     for key in base._keys_to_ignore_on_save or ():
@@ -102,7 +103,7 @@ def _make_plan(
             ["the model has no linear layer to quantise; use save_method='merged_16bit'"]
         )
     names = CheckpointNames(base)
-    groups = tuple(_groups(names, weights, containers))
+    groups = _with_carried(list(_groups(names, weights, containers)), unloaded, list(containers))
     if problems := [*_name_problems(groups)]:
         raise MergeRefused(problems)
     return Plan(
@@ -365,11 +366,26 @@ def _groups(
         yield Group(tuple(weights[key] for key in keys), specs)
 
 
+def _with_carried(
+    groups: list[Group], unloaded: Iterable[Unloaded], methods: list[str]
+) -> tuple[Group, ...]:
+    """Each carried tensor as a group of its own, in the same order of item sizes."""
+    if methods:
+        groups += [Group((), {key: {u.name: u.spec} for key in methods}, u) for u in unloaded]
+
+    def width(group: Group) -> int:
+        if group.carried is not None:
+            return group.carried.spec.dtype.itemsize
+        return _alignment(group.weights[0].stored)
+
+    return tuple(sorted(groups, key=width, reverse=True))
+
+
 def _name_problems(groups: Iterable[Group]) -> Iterator[str]:
     """Each name of a checkpoint that several groups would write."""
     known: dict[tuple[str, str], str] = {}
     for group in groups:
-        key = group.weights[0].key
+        key = group.name
         for method, specs in group.specs.items():
             for name in specs:
                 other = known.setdefault((method, name), key)

@@ -70,7 +70,7 @@ def write_weights(
             freed = 0
             for group, encoded in in_order(plan.threads, partial(_encode_group, plan), plan.groups):
                 _write_group(plan, group, encoded, writers, kept)
-                bar.set_postfix_str(group.weights[-1].key, refresh=False)
+                bar.set_postfix_str(group.name, refresh=False)
                 bar.update(len(group.weights))
                 if stop is not None and stop.is_set():
                     raise MergeError("it was stopped, for the training was interrupted")
@@ -106,6 +106,8 @@ def _write_group(
     for method, writer in writers.items():
         packed = any(isinstance(plan.containers[method][w.key], Bnb4) for w in group.weights)
         reverted = plan.names.revert(tensors.pop(method), packed=packed)
+        if group.carried is not None:
+            reverted = {group.carried.name: group.carried.read()}
         for name in group.specs[method]:
             writer.write(name, reverted.pop(name))
 

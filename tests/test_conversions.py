@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from models import adapt, base_weight, merged_weights, ulps
-from safetensors.torch import load_file
+from models import adapt, base_weight, load_base, merged_weights, save_base, ulps
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,10 +25,19 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
+from merge_callback import (
+    MergeOptions,
+    MergeRefused,
+    MergeStore,
+    VerificationError,
+    merge_adapter,
+)
 from merge_callback.conversions import CheckpointNames
 from merge_callback.export import check_merge
+from merge_callback.files import hash_file
 from merge_callback.live import keep_cpu_weights_unpacked
+from merge_callback.planning import make_plan
+from merge_callback.store import Draft
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -253,3 +263,75 @@ def test_a_name_that_two_weights_would_have_is_refused_before_training(tmp_path)
     model = adapt(base, target_modules=["q_proj"])
     with pytest.raises(MergeRefused, match=r"model\.norm\.weight: .* have this name"):
         check_merge(model, MergeStore(tmp_path / "out"), MergeOptions())
+
+
+HEAD = {
+    "model.layers.2.eh_proj.weight": torch.arange(12.0).view(3, 4).bfloat16(),
+    "model.layers.2.embed_tokens.scale": torch.tensor([1.5, -2.0]),
+    "mtp.ids": torch.tensor([7, 8, 9], dtype=torch.uint8),
+}
+
+
+def with_a_head(path, tensors=None):
+    """A checkpoint that has more than transformers loads, as DeepSeek's and Qwen's do."""
+    save_base(path)
+    file = path / "model.safetensors"
+    save_file(load_file(file) | (HEAD if tensors is None else tensors), file, {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4-nested"])
+@pytest.mark.parametrize("size", ["5GB", 100_000])
+def test_what_transformers_does_not_load_is_carried_along(tmp_path, kind, size, caplog):
+    caplog.set_level("INFO", logger="merge_callback")
+    model = adapt(load_base(with_a_head(tmp_path / "base"), kind))
+    methods = ["merged_16bit"] if kind == "bfloat16" else ["merged_16bit", "merged_4bit"]
+    result = merge_adapter(model, tmp_path / "out", save_method=methods, max_shard_size=size)
+    for method, path in result.paths.items():
+        files = sorted(path.glob("*.safetensors"))
+        assert (len(files) > 1) == (size != "5GB")
+        written = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for name, tensor in HEAD.items():
+            assert written[name].dtype == tensor.dtype
+            assert torch.equal(written[name], tensor), name
+        if method == "merged_16bit":
+            base = load_file(tmp_path / "base" / "model.safetensors")
+            assert written.keys() == base.keys()
+    assert sorted(result.manifest["carried"]) == sorted(HEAD)
+    checks = result.manifest["verification"]["checks"]
+    assert all(checks[f"{method}: carried tensors"] == "passed" for method in methods)
+    assert "3 tensors that transformers does not load are those of the base's files" in caplog.text
+
+
+def test_a_carried_tensor_that_differs_from_the_base_is_not_published(tmp_path, monkeypatch):
+    model = adapt(load_base(with_a_head(tmp_path / "base"), "bfloat16"))
+    seal = Draft.seal
+
+    def damaged(draft):
+        file = draft.path / "model.safetensors"
+        if file.exists() and not (draft.path / "README.md").exists():
+            tensors = load_file(file)
+            save_file(tensors | {"mtp.ids": tensors["mtp.ids"] + 1}, file, {"format": "pt"})
+            draft.records["model.safetensors"] = hash_file(file)
+        seal(draft)
+
+    monkeypatch.setattr(Draft, "seal", damaged)
+    with pytest.raises(VerificationError, match=r"mtp\.ids is not the one in the base's"):
+        merge_adapter(model, tmp_path / "out")
+
+
+def test_nothing_is_carried_into_a_model_of_another_class_or_depth(tmp_path):
+    path = with_a_head(tmp_path / "base")
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
+    shallow = AutoModelForCausalLM.from_pretrained(path, num_hidden_layers=1, dtype=torch.bfloat16)
+    for base, task in ((classifier, "SEQ_CLS"), (shallow, "CAUSAL_LM")):
+        base.config.pad_token_id = 0
+        model = adapt(base, target_modules=["q_proj"], task_type=task)
+        assert make_plan(model, MergeOptions()).carried == ()
+
+
+def test_a_base_whose_files_are_gone_has_nothing_to_carry(tmp_path):
+    model = adapt(load_base(with_a_head(tmp_path / "base"), "bfloat16"))
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    result = merge_adapter(model, tmp_path / "out")
+    assert result.manifest["carried"] == []

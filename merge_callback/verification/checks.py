@@ -41,6 +41,7 @@ from merge_callback.verification.settings import (
 from merge_callback.verification.tensors import (
     Deviation,
     buffer_problems,
+    carried_problems,
     deviations,
     tie_problems,
     worst,
@@ -228,7 +229,7 @@ def _check_model(
 ) -> PreTrainedModel | None:
     """Load a model, and look at its weights and buffers."""
     try:
-        model = rebuild(place, class_of(plan.model))
+        model = rebuild(place, class_of(plan.model), carried=[t.name for t in plan.carried])
     except CorruptVersion as error:
         if is_short_of_memory(error.__cause__):
             done.leave_out(f"{method}: weights", f"memory is short: {error.__cause__}")
@@ -244,6 +245,8 @@ def _check_model(
             yield f"not what was merged: {', '.join(broken)}"
 
     done.check_of(method, "weights", weights)
+    if plan.carried:
+        done.check_of(method, "carried tensors", partial(carried_problems, plan, place))
     done.check_of(method, "ties", partial(tie_problems, plan, model))
     done.check_of(method, "buffers", partial(buffer_problems, plan, model))
     return model
@@ -263,7 +266,7 @@ def broken_weights(plan: Plan, places: Mapping[str, Path]) -> str:
     for method, place in places.items():
         if method != "lora":
             try:
-                model = rebuild(place, class_of(plan.model))
+                model = rebuild(place, class_of(plan.model), carried=[t.name for t in plan.carried])
                 told += worst(deviations(plan, method, model), _WORST)
             except PeerError:
                 raise

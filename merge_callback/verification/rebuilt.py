@@ -14,7 +14,7 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
+from merge_callback.conversions import CheckpointNames
 from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
 from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
@@ -48,11 +49,13 @@ def rebuild(
     model_class: type[PreTrainedModel] | None = None,
     *,
     trust_remote_code: bool = False,
+    carried: Iterable[str] = (),
 ) -> PreTrainedModel:
     """Load a directory on the CPU, in eval mode.
 
     Args:
         model_class: None: the one that its config names.
+        carried: tensors that the class does not make, as the base's own checkpoint has them.
         trust_remote_code: run the Python that lies in it.
 
     Raises:
@@ -78,6 +81,8 @@ def rebuild(
         what: sorted(map(str, found.get(what) or ()))
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     }
+    known = CheckpointNames(model).renamed(carried)
+    told["unexpected_keys"] = [key for key in told["unexpected_keys"] if key not in known]
     if any(told.values()):
         problems = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
         raise CorruptVersion(f"{path} does not load whole: {problems}")

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -367,6 +369,18 @@ def worst(deviations: Mapping[str, Deviation], count: int = 5) -> list[str]:
 
 def _rank(error: float) -> float:
     return error if error == error else float("inf")
+
+
+def carried_problems(plan: Plan, place: Path) -> Iterator[str]:
+    """Tensors that no model has: each must have the bytes that it has in the base's files."""
+    wanted = {tensor.name: tensor for tensor in plan.carried}
+    for path in sorted(place.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in wanted.keys() & set(file.keys()):
+                if not _same_bytes(wanted.pop(name).read(), file.get_tensor(name)):
+                    yield f"{name} is not the one in the base's checkpoint; merge again"
+    for name in wanted:
+        yield f"{name} of the base's checkpoint is missing; merge again"
 
 
 def buffer_problems(plan: Plan, rebuilt: PreTrainedModel) -> Iterator[str]:
