@@ -179,15 +179,19 @@ CHANGES: dict[str, dict] = {
         "vision_config": {"video_temporal_patch_size": 2}, "projector_hidden_size": 128,
     },
     "paddleocr_vl": _MROPE,
+    "pix2struct": {"vision_config": {"hidden_size": 128, "num_attention_heads": 4}},
     "qwen2_5_omni_thinker": _MROPE | {"vision_start_token_id": 300},
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300},
     "qwen4_exp": {"text_config": _QSA},
     "qwen4_exp_text": _QSA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [64, 64],
     },
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "udop": {"decoder_start_token_id": 0},
     "xlm": {"emb_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -250,7 +254,13 @@ INPUTS = {
     "pix2struct": _no_text(
         lambda ids, generator: {"flattened_patches": torch.rand(4, 8, 770, generator=generator)}
     ),
-    "pp_formulanet": _no_text(_image(4, 3, 32, 32)),
+    "pp_formulanet": _no_text(
+        lambda ids, generator: {
+            "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
+            "decoder_input_ids": ids[:, :9],
+        }
+    ),
+    "vision-encoder-decoder": _no_text(_image(4, 3, 32, 32)),
 }
 
 
