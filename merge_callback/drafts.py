@@ -35,11 +35,6 @@ logger = logging.getLogger(__name__)
 
 _NAMED = 5
 _LITTLE = 0.5  # retention below which most of what was trained is lost
-=======
-_NAMES = {"gain_kept": "gain kept", "kl": "KL"}
-_NAMED = 5
-_LITTLE = 0.5  # retention, or gain kept, below which most of what was trained is lost
->>>>>>> a
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,13 @@ def publish(
         _try("the model card", cards)
         draft.seal()
         version = store.publish(draft, beside.name, manifest)
-<<<<<<< HEAD
+    if plan.carried:
+        logger.info(
+            "%s: %d tensors that transformers does not load are those of the base's files: %s",
+            version.path,
+            len(plan.carried),
+            ", ".join(tensor.name for tensor in plan.carried[:_NAMED]),
+        )
     _report(version, kept, choice.method)
     return MergeResult(version.name, _places(plan, version.path), version.manifest)
 
