@@ -192,6 +192,7 @@ CHANGES: dict[str, dict] = {
     },
     "step3p7": {"text_config": {"sliding_window": 16}},
     "udop": {"decoder_start_token_id": 0},
+    "vision-encoder-decoder": {"decoder_start_token_id": 0, "pad_token_id": 0},
     "xlm": {"emb_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -209,6 +210,7 @@ NOT_TRIED = {
     "gemma4_unified_assistant": _DRAFTS,
     "inkling_mm_model": "its audio encoder needs the scipy library",
     "perception_lm": _TIMM,
+    "pp_formulanet": "no rule shrinks its image encoder",
     "pi0": "takes the states of a robot",
 }
 
@@ -254,12 +256,7 @@ INPUTS = {
     "pix2struct": _no_text(
         lambda ids, generator: {"flattened_patches": torch.rand(4, 8, 770, generator=generator)}
     ),
-    "pp_formulanet": _no_text(
-        lambda ids, generator: {
-            "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
-            "decoder_input_ids": ids[:, :9],
-        }
-    ),
+    "udop": lambda ids, generator: {"bbox": torch.zeros(*ids.shape, 4)},
     "vision-encoder-decoder": _no_text(_image(4, 3, 32, 32)),
 }
 
