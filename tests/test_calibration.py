@@ -22,7 +22,7 @@ from transformers import (
 
 from merge_callback import MergeError, MergeRefused, merge_adapter, stand_ins
 from merge_callback.batches import TrainingData, loss_mask, split_batch, take
-from merge_callback.calibration import choice, distillation, recording
+from merge_callback.calibration import choice, distillation, recording, sequential
 from merge_callback.calibration.recording import find_blocks, inputs_of, record
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
@@ -570,3 +570,11 @@ def test_data_that_is_missing_is_told(tmp_path, model, caplog):
     caplog.set_level(logging.INFO)
     assert merge_adapter(model, tmp_path / "out").manifest["rounding"] == "stochastic"
     assert "codes were chosen by chance, without data" in caplog.text
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.49, True), (0.51, False), (torch.nan, False)])
+def test_a_correction_that_outgrows_its_weight_does_not_count(share, counts):
+    """It is solved for from few inputs; a weight that is mostly correction is another weight."""
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    found = sequential.bounded(share * weight, weight)
+    assert torch.equal(found, share * weight if counts else torch.zeros(6, 4))

@@ -50,6 +50,10 @@ def _reason(error: Exception) -> str:
     return f"their block cannot be run alone ({told})"
 
 
+# Of the weight's own size. A larger one comes of inputs that tell next to nothing of the error.
+_LARGEST_CORRECTION = 0.5
+
+
 @dataclass
 class Calibration:
     """What came of it.
@@ -244,7 +248,8 @@ class _Walk:
             few = len(moments.inputs) / moments.tokens
             damping = max(_CORRECTION_DAMPING, _CORRECTION_DAMPING_OF_FEW * few)
             correction = solve(moments.inputs, moments.correction(target), damping)
-            parts = torch.split(target + correction, [len(wanted[n]) for n in group.names])
+            corrected = target + bounded(correction, target)
+            parts = torch.split(corrected, [len(wanted[n]) for n in group.names])
             rows = [
                 Rows(part, *self._start(weights[name], wanted[name]))
                 for name, part in zip(group.names, parts, strict=True)
@@ -267,6 +272,12 @@ class _Walk:
         stored = grid.stored(rounded.scales)
         flat = grid.decode(rounded.packed, stored, math.prod(shape), torch.float32)
         return flat.view(shape).to(computing_dtype(flat.device))
+
+
+def bounded(correction: Tensor, weight: Tensor) -> Tensor:
+    """The correction of a weight, or none where it is too large to be one."""
+    small = correction.norm() <= _LARGEST_CORRECTION * weight.norm()
+    return correction if small else torch.zeros_like(correction)
 
 
 class _Moments:
