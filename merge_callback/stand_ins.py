@@ -114,10 +114,9 @@ def without_cache(model: nn.Module) -> Undone:
 
 
 def evaluating(model: nn.Module) -> Undone:
-    """No dropout, no gradient checkpointing, no cache; each module's own mode comes back."""
+    """No dropout, no gradient checkpointing; each module's own mode comes back."""
 
     def change(undo: ExitStack) -> None:
-        undo.enter_context(without_cache(model))
         for module in model.modules():
             if module.training:
                 undo.callback(vars(module).__setitem__, "training", True)

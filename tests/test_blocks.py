@@ -23,7 +23,7 @@ from merge_callback.calibration import choice
 from merge_callback.export import check_merge
 from merge_callback.live import keep_cpu_weights_unpacked
 from merge_callback.options import MergeOptions
-from merge_callback.stand_ins import evaluating
+from merge_callback.stand_ins import without_cache
 from merge_callback.store import MergeStore
 
 
@@ -107,7 +107,7 @@ def test_nothing_is_cached_where_a_forward_is_told_so_beside_its_signature(tmp_p
     model = model_class.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
     assert "use_cache" not in inspect.signature(model_class.forward).parameters
     inputs = model_inputs(model, batches(1)[0])
-    with evaluating(model), torch.no_grad():
+    with without_cache(model), torch.no_grad():
         assert model(**inputs).past_key_values is None
     with torch.no_grad():
         assert model(**inputs).past_key_values is not None  # as users have it
@@ -132,6 +132,8 @@ def test_blocks_that_some_batches_do_not_reach_are_left_out_and_the_others_calib
     assert len(left_out) == 2 and all("vision_tower" in name for name in left_out)
     why = "their block cannot be run alone (not all batches take the same way through the model)"
     assert set(left_out.values()) == {why}
+    with torch.no_grad():  # what the first forward has installed is still there
+        model(**model_inputs(model.get_base_model(), data[0]))
 
 
 class Router(bitsandbytes.nn.Linear4bit):

@@ -20,7 +20,7 @@ from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Rounded
-from merge_callback.stand_ins import evaluating, generators_kept
+from merge_callback.stand_ins import evaluating, generators_kept, without_cache
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def choose(
         return Choice(method)
     try:
         with processes.alike():
-            with generators_kept(), evaluating(plan.model):
+            with generators_kept(), evaluating(plan.model), without_cache(plan.model):
                 return _with_data(plan, options, method, batches or (), processes)
     except Exception as error:
         if options.rounding != "auto":

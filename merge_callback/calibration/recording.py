@@ -121,6 +121,8 @@ def record(
     """
     order: dict[str, Block] = {}
     recorders = _Recorders(order)
+    for batch in {frozenset(batch): batch for batch in batches}.values():
+        final_input(model, batch)  # may install hooks that have to stay
     with ExitStack() as undo:
         for block in blocks:
             module = model.get_submodule(block.name)
