@@ -410,8 +410,8 @@ def _(patch, model):
 def _(patch, model):
     whole = checks.rebuild
 
-    def other(*args):
-        made = whole(*args)
+    def other(*args, **given):
+        made = whole(*args, **given)
         made.model.rotary_emb.inv_freq *= 1.01
         return made
 

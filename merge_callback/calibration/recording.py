@@ -122,9 +122,7 @@ def record(
     order: dict[str, Block] = {}
     recorders = _Recorders(order)
     for batch in {frozenset(batch): batch for batch in batches}.values():
-        final_input(
-            model, batch
-        )  # a first forward may install hooks of its own, which have to stay
+        final_input(model, batch)  # may install hooks that have to stay
     with ExitStack() as undo:
         for block in blocks:
             module = model.get_submodule(block.name)
