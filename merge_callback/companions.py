@@ -160,18 +160,22 @@ def give_back_settings(model: nn.Module) -> None:
     """Set what a trainer has changed in a live config to what it was, once training is over."""
     inner = _inner(model)
     _of_trainers[inner] = _settings(inner.config)  # type: ignore[arg-type]
-    _set(inner, settings_to_restore(model))
+    _set(inner.config, settings_to_restore(model))  # type: ignore[arg-type]
 
 
 def take_settings_again(model: nn.Module) -> None:
     """Undo `give_back_settings`: the same trainer goes on training."""
     inner = _inner(model)
-    _set(inner, _of_trainers.pop(inner, {}))
+    _set(inner.config, _of_trainers.pop(inner, {}))  # type: ignore[arg-type]
 
 
-def _set(inner: Any, settings: Mapping[str, Any]) -> None:
+def _set(config: PretrainedConfig, settings: Mapping[str, Any]) -> None:
+    """In the text config; and in the one around it, where trainers set what nobody reads."""
+    text = config.get_text_config()
     for name, value in settings.items():
-        setattr(inner.config.get_text_config(), name, value)
+        setattr(text, name, value)
+        if name in vars(config):
+            setattr(config, name, value)
 
 
 # By model: settings before any trainer, and those of the trainer that has ended.
@@ -225,8 +229,7 @@ def _lift(directory: Path) -> None:
 def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
     config = copy.deepcopy(plan.model.config)
     config.architectures = [class_of(plan.model).__name__]
-    for name, value in restored.items():
-        setattr(config.get_text_config(), name, value)
+    _set(config, restored)
     if plan.ties_broken:
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False

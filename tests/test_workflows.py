@@ -11,9 +11,12 @@ from test_calibration import batches
 from test_callback import sft, trainer
 from transformers import (
     AutoTokenizer,
+    CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForQuestionAnswering,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 from merge_callback import MergeOnSaveCallback, merge_adapter
@@ -146,6 +149,37 @@ def test_a_model_in_a_second_trainer_has_its_settings_back_each_time(tmp_path):
         callback = MergeOnSaveCallback(**QUICK)
         trainer(tmp_path / str(number), callback, model=model).train()
         assert config_of(callback.results[0])["use_cache"] is True
+
+
+def test_a_trainer_leaves_nothing_around_the_text_config(tmp_path):
+    """It sets use_cache in the config of a model of images, whose text has a config of its own."""
+    vision = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    text = {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 304,
+        "intermediate_size": 192,
+    }
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text))
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = adapt(
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"),
+        target_modules=r".*language_model.*q_proj", task_type=None,
+    )  # fmt: skip
+    callback = MergeOnSaveCallback()
+    run = trainer(tmp_path, callback, model=model)
+    assert run.model.config.use_cache is False
+    run.train()
+    written = config_of(callback.results[0])
+    assert written.get("use_cache", True) is written["text_config"]["use_cache"] is True
 
 
 def test_the_same_trainer_trains_again_without_a_cache(tmp_path):

@@ -58,6 +58,8 @@ def config_problems(
     wanted = _fields(live)
     for name, value in restored.items():
         _set_in_text(wanted, live, name, value)
+        if name in wanted:  # trainers set it around the text config, too
+            wanted[name] = value
     if plan.ties_broken:
         wanted["tie_word_embeddings"] = False
         _set_in_text(wanted, live, "tie_word_embeddings", False)
