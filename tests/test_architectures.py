@@ -146,6 +146,8 @@ def made(name, path):
         if "norm" in key and parameter.dim() == 1:  # ones would hide a norm that got lost
             torch.nn.init.normal_(parameter, 1, 0.1)
     model.save_pretrained(path)
+    if model._get_dtype_plan(torch.bfloat16):  # as transformers saves it: some stays in float32
+        model_class.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
     return model_class
 
 
