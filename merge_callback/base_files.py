@@ -65,18 +65,29 @@ def tokenizer_limits(config: PretrainedConfig, processing_class: Any) -> dict[st
 
 
 def with_limits_of_base(config: PretrainedConfig, processing_class: Any) -> Any:
-    """A copy of a tokenizer or processor that pads and truncates as the base's does."""
-    base = _base_tokenizer(config, processing_class)
-    if base is None:
+    """A tokenizer or processor that pads and truncates as the base's does: a copy if it has to be.
+
+    One that cannot be copied is given back as it is.
+    """
+    base, tokenizer = _base_tokenizer(config, processing_class), _tokenizer(processing_class)
+    if base is None or _limits(tokenizer) == _limits(base):
         return processing_class
-    made = copy.deepcopy(processing_class)
-    tokenizer = getattr(made, "tokenizer", made)
+    try:
+        made = copy.deepcopy(processing_class)
+    except Exception:  # of a custom one, which may hold anything
+        return processing_class
     for name in _LIMITS:
-        setattr(tokenizer, name, getattr(base, name))
-    backends = [getattr(part, "_tokenizer", None) for part in (tokenizer, base)]
+        setattr(_tokenizer(made), name, getattr(base, name))
+    backends = [getattr(part, "_tokenizer", None) for part in (_tokenizer(made), base)]
     if None not in backends:
         _copy_limits(*backends)
     return made
+
+
+def _limits(tokenizer: Any) -> list[Any]:
+    backend = getattr(tokenizer, "_tokenizer", None)
+    last = [getattr(backend, name, None) for name in ("truncation", "padding")]
+    return [*(getattr(tokenizer, name, None) for name in _LIMITS), *last]
 
 
 def _copy_limits(backend: Any, base: Any) -> None:
