@@ -42,7 +42,7 @@ def base_directory(config: PretrainedConfig) -> Path | None:
         )
     except (OSError, ValueError):  # no name that a base could have
         return None
-    return None if found is None else Path(found).parent
+    return None if found is None else Path(found).parent.resolve()
 
 
 def base_config(config: PretrainedConfig) -> PretrainedConfig | None:
