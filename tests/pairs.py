@@ -311,7 +311,8 @@ def _check_rounded(key, exact, tensor):
     equal = float((exact.to(dtype) == tensor).double().mean())  # of its file, up-cast in the model
     slack = torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
     off = int(((exact - tensor.double()).abs() > slack).sum())
-    assert off == 0 and equal > 0.99, (
+    least = 0.99 if dtype.itemsize == 2 else 0.0  # the last place of float32 is that of its sums
+    assert off == 0 and equal >= least, (
         f"{key}: {off} values are not base + adapter, {equal:.2%} equal"
     )
 
