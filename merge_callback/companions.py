@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import shutil
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from merge_callback.base_files import base_config, companions_of_base, with_limi
 from merge_callback.codecs.bnb4 import Bnb4
 from merge_callback.engines import class_of
 from merge_callback.plan import Plan
+from merge_callback.undo import Undone, put
 
 # What a trainer turns off or on in the live config and a user of the model wants back.
 RESTORED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
@@ -69,8 +71,15 @@ def aligned(
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             model = SimpleNamespace(config=config, generation_config=generation)
-            align_special_tokens(model, tokenizer)  # type: ignore[no-untyped-call]
+            with _quiet():
+                align_special_tokens(model, tokenizer)  # type: ignore[no-untyped-call]
     return config, generation
+
+
+def _quiet() -> Undone:
+    """transformers warns of what it aligns, each time it does."""
+    theirs = logging.getLogger(align_special_tokens.__module__)
+    return Undone(lambda undo: put(undo, vars(theirs), "disabled", True))
 
 
 class SavedProcessor:
