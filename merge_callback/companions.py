@@ -46,7 +46,7 @@ def save_companions(
 ) -> None:
     """Write config, generation config and tokenizer (or processor) of one merged model."""
     config, generation = aligned(
-        _config(plan, method, restored), generation_config(plan), processing_class
+        merged_config(plan, method, restored), generation_config(plan), processing_class
     )
     if getattr(plan.model, "_auto_class", None) is not None:  # its code is not transformers' own
         custom_object_save(plan.model, directory, config=config)  # type: ignore[arg-type]
@@ -235,7 +235,8 @@ def _lift(directory: Path) -> None:
     directory.rmdir()
 
 
-def _config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
+def merged_config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
+    """The config of one merged model, with values that its trainer had changed."""
     config = copy.deepcopy(plan.model.config)
     config.architectures = [class_of(plan.model).__name__]
     _set(config, restored)

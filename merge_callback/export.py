@@ -152,7 +152,7 @@ def check_merge(
         needed = plan.nbytes * saves
         problems += generation_problems(plan)
         problems += rounding_problems(plan, options)
-        if options.verify is True and plan.containers:
+        if options.verify is True and plan.containers and processes.leads:
             problems += loading_problems(plan)
     except MergeRefused as error:
         problems += error.problems

@@ -170,6 +170,22 @@ def check_written(directory: Path, groups: Sequence[Mapping[str, TensorSpec]]) -
         raise CorruptVersion(f"{directory} does not have the tensors planned: {told}; merge again")
 
 
+def write_sparse(path: Path, specs: Mapping[str, TensorSpec], values: Mapping[str, bytes]) -> None:
+    """Write a file of zeros that takes no room, but for `values`, which blanks fill up.
+
+    Raises:
+        OSError: the file system cannot hold it.
+    """
+    with open(path, "xb") as file:
+        place = file.write(_header(specs))
+        for name, spec in specs.items():
+            if name in values:
+                file.seek(place)
+                file.write(values[name].ljust(spec.nbytes))
+            place += spec.nbytes
+        file.truncate(place)
+
+
 def host_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor in host memory, row-major, as bytes."""
     values = tensor.detach().to("cpu").resolve_conj().resolve_neg()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 _ALL_BUT_TIES = 0.999
+SETTINGS = ".quant_state.bitsandbytes__"  # behind a weight, before its quant_type
 _LONGEST_FLOAT = -1.1754943508222875e-38  # no float32 has a longer decimal
 
 
@@ -131,10 +132,14 @@ class Bnb4:
             specs[f"{name}.nested_absmax"] = TensorSpec((nested_blocks,), torch.float32)
             specs[f"{name}.nested_quant_map"] = TensorSpec((256,), torch.float32)
         # The offset's decimals are not known yet: room for the longest, and for 8-byte alignment.
-        text = _settings_text(self._longest_state(shape))
+        text = self.settings(shape)
         used = sum(spec.nbytes for spec in specs.values()) + len(text)
         specs[self._settings_name(name)] = TensorSpec((len(text) + -used % 8,), torch.uint8)
         return specs
+
+    def settings(self, shape: tuple[int, ...]) -> bytes:
+        """The packed JSON of a weight of this shape, at its longest."""
+        return _settings_text(self._longest_state(shape))
 
     def encoder(self, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
         return _Encoder(self, name, shape)
@@ -194,7 +199,7 @@ class Bnb4:
         )
 
     def _settings_name(self, name: str) -> str:
-        return f"{name}.quant_state.bitsandbytes__{self.grid.quant_type}"
+        return f"{name}{SETTINGS}{self.grid.quant_type}"
 
     def _tensors(self, name: str, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
         settings = self._settings_name(name)

@@ -32,7 +32,7 @@ from merge_callback.verification.outputs import (
     Unusable,
     compare_outputs,
 )
-from merge_callback.verification.rebuilt import computing_on, rebuild
+from merge_callback.verification.rebuilt import computing_on, is_short_of_memory, rebuild
 from merge_callback.verification.settings import (
     config_problems,
     generation_problems,
@@ -311,13 +311,6 @@ def _compare(
         done.problems.append(f"outputs could not be compared: {type(error).__name__}: {error}")
         done.checks["outputs"] = _FAILED
     return ""
-
-
-def is_short_of_memory(error: BaseException | None) -> bool:
-    """Whether there was no memory; on the CPU torch says so in a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _not_compared(done: Verification, why: str) -> str:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from transformers.integrations import deepspeed
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging as transformers_logging
 
-from merge_callback.codecs.bnb4 import Bnb4Weight
+from merge_callback.codecs import TensorSpec
+from merge_callback.codecs.bnb4 import SETTINGS, Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
+from merge_callback.companions import merged_config
 from merge_callback.conversions import CheckpointNames
 from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
@@ -36,10 +40,14 @@ from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
 from merge_callback.live import keep_cpu_weights_unpacked, read_weights
 from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
+from merge_callback.shards import write_sparse
 from merge_callback.stand_ins import generators_kept, standing_in
 from merge_callback.undo import Undone, put
 
+logger = logging.getLogger(__name__)
+
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # transformers lets them be
+_MOST_COPIED = 1 << 30  # bytes, about a second
 _MOST_LAYERS = 10_000  # each of them a module
 _SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
 
@@ -94,11 +102,20 @@ def rebuild(
 
 
 def loading_problems(plan: Plan) -> Iterator[str]:
-    """Tensors of a live model that its class does not make, so that nobody would load them again.
+    """Why stock transformers would not load what is planned, each with its cure.
 
-    An empty model is made to see; where that fails, or the base is another quantiser's, nothing is
-    said before there are files.
+    An empty model is made to see what the class does not make, then files of zeros with the planned
+    headers are loaded. Where either cannot be done nothing is said before there are files.
     """
+    lost = list(_lost(plan))
+    yield from lost
+    if not lost:
+        for method in plan.containers:
+            yield from _sparse_problems(plan, method)
+
+
+def _lost(plan: Plan) -> Iterator[str]:
+    """Tensors of a live model that its class does not make, so that nobody would load them again."""
     model, stored = plan.model, [weight.stored for weight in plan.weights.values()]
     ours = any(isinstance(found, Bnb4Weight | Bnb8Weight) for found in stored)
     if getattr(model.config, "quantization_config", None) is not None and not ours:
@@ -118,6 +135,62 @@ def loading_problems(plan: Plan) -> Iterator[str]:
             f"{lost[0]}{others}: {class_of(model).__name__} makes no such tensor, so it would not "
             "load again; take it off the model, or register the buffer with persistent=False"
         )
+
+
+def _sparse_problems(plan: Plan, method: str) -> Iterator[str]:
+    """Load the planned files as sparse ones, whose zeros take neither disk nor memory."""
+    if _copied_nbytes(plan, method) > _MOST_COPIED:
+        return
+    model_class = class_of(plan.model)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        try:
+            merged_config(plan, method, {}).save_pretrained(directory)
+            write_sparse(directory / "model.safetensors", *_planned(plan, method))
+        except Exception as error:  # a file system without sparse files, say
+            logger.debug("%s is not tried", method, exc_info=error)
+            return
+        try:
+            with generators_kept():
+                rebuild(directory, model_class, carried=[t.name for t in plan.carried])
+        except CorruptVersion as error:
+            if not is_short_of_memory(error.__cause__):
+                told = str(error).removeprefix(f"{directory} ")
+                cure = "merged_16bit" if method == "merged_4bit" else "lora"
+                yield f"{method} {told} ({model_class.__name__}); use save_method={cure!r}"
+
+
+def _planned(plan: Plan, method: str) -> tuple[dict[str, TensorSpec], dict[str, bytes]]:
+    """What is written, and the bytes that must not be zeros: the settings of 4-bit weights."""
+    specs, values = {}, {}
+    for group in plan.groups:
+        specs |= group.specs[method]
+        for weight in group.weights:
+            container = plan.containers[method][weight.key]
+            if isinstance(container, Bnb4):
+                named = [name for name in group.specs[method] if SETTINGS in name]
+                if len(group.weights) > 1:  # then they have their names in memory
+                    named = [name for name in named if name.startswith(f"{weight.key}.")]
+                values |= dict.fromkeys(named, container.settings(weight.stored.shape))
+    return specs, values
+
+
+def _copied_nbytes(plan: Plan, method: str) -> int:
+    """Bytes of what a loader cuts or joins; the rest it maps."""
+    found = 0
+    for group in plan.groups:
+        named = group.specs[method].values()
+        plain = not any(isinstance(plan.containers[method][w.key], Bnb4) for w in group.weights)
+        if plain and max(len(named), len(group.weights)) > 1:
+            found += sum(spec.nbytes for spec in named)
+    return found
+
+
+def is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether there was no memory; on the CPU torch says so in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 @contextlib.contextmanager
