@@ -213,3 +213,12 @@ def test_every_link_leads_somewhere():
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_nearly_every_architecture_is_right_and_none_fails_after_training():
+    told = " ".join((DOCS / "support.md").read_text().split())
+    run, right, wrong = (
+        int(re.search(pattern, told)[1])
+        for pattern in (r"(\d+) run:", r"(\d+) are right", r"(\d+) wrong")
+    )
+    assert run >= 150 and right >= 0.95 * run and wrong == 0
