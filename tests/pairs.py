@@ -254,7 +254,7 @@ def _header(path):
 def check_files(base, path):
     """Names, shapes and dtypes are the base's; or those that transformers itself gives it."""
     wanted, found = _header(base.path), _header(path)
-    if wanted.keys() != found.keys():
+    if wanted != found:
         again = path.parent / "saved-again"
         base.load(base.path)[0].save_pretrained(again)
         wanted = _header(again)
