@@ -35,6 +35,7 @@ from merge_callback.live import (
     base_model,
     is_sharded_model,
     read_weights,
+    used_outside_their_layers,
 )
 from merge_callback.options import MergeOptions
 from merge_callback.originals import Unloaded, find_originals, find_unloaded
@@ -276,7 +277,7 @@ def _containers(
             containers[key] = _same_format(weight.stored, options)
     if not any_4bit(weights.values()):
         new = _new_format(dtype, options)
-        containers |= dict.fromkeys(_quantisable(model, weights, options), new)
+        containers |= dict.fromkeys(_quantisable(model, weights, options, kept_in), new)
     return containers
 
 
@@ -325,9 +326,15 @@ def _new_format(dtype: torch.dtype, options: MergeOptions) -> Bnb4:
 
 
 def _quantisable(
-    model: PreTrainedModel, weights: Mapping[str, Weight], options: MergeOptions
+    model: PreTrainedModel,
+    weights: Mapping[str, Weight],
+    options: MergeOptions,
+    kept_in: Callable[[str], torch.dtype | None],
 ) -> list[str]:
-    """Weights that become 4-bit: the 8-bit ones, else those that transformers would quantise."""
+    """Weights that become 4-bit: the 8-bit ones, else those that transformers would quantise.
+
+    Not those that the class keeps in another dtype or uses without calling their layer.
+    """
     if eight_bit := [key for key, w in weights.items() if isinstance(w.stored, Bnb8Weight)]:
         return eight_bit
     patterns = getattr(options.quantization_config, "llm_int8_skip_modules", None)
@@ -338,8 +345,13 @@ def _quantisable(
         patterns += [name for name, module in model.named_modules() if module is output]
         patterns += [list(weights)[-1].removesuffix(".weight")]
     patterns = [*patterns, *(model._keep_in_fp32_modules or ())]
+    plain = used_outside_their_layers(model)
     # What was trained whole stays in 16 bits: no adapter would tell how much of it rounding took.
-    linears = [key for key, weight in weights.items() if weight.linear and not weight.replaced]
+    linears = [
+        key
+        for key, weight in weights.items()
+        if weight.linear and not weight.replaced and key not in plain and kept_in(key) is None
+    ]
     return [k for k in linears if should_convert_module(k.removesuffix(".weight"), patterns)]
 
 

@@ -115,7 +115,7 @@ def loading_problems(plan: Plan) -> Iterator[str]:
 
 
 def _lost(plan: Plan) -> Iterator[str]:
-    """Tensors of a live model that its class does not make, so that nobody would load them again."""
+    """Tensors of a live model that its class does not make, so that they would not load again."""
     model, stored = plan.model, [weight.stored for weight in plan.weights.values()]
     ours = any(isinstance(found, Bnb4Weight | Bnb8Weight) for found in stored)
     if getattr(model.config, "quantization_config", None) is not None and not ours:
