@@ -23,6 +23,7 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_prepro
 _VOCABULARY = ("*.model", "vocab.json", "merges.txt", "vocab.txt")
 _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"  # a processor's, the old
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
+_LARGEST = 1 << 28  # bytes of a file that is carried along
 _LIMITS = ("padding_side", "truncation_side", "model_max_length")
 
 
@@ -45,6 +46,17 @@ def base_directory(config: PretrainedConfig) -> Path | None:
     return None if found is None else Path(found).parent.resolve()
 
 
+def is_of_the_base(path: Path, place: Path) -> bool:
+    """Whether a file is in a base's directory, links followed: it may be in the Hub's blobs.
+
+    Others' files, which a link or a name with dots reaches, are not to be published.
+    """
+    real, tops = path.resolve(), [place.resolve()]
+    if place.parent.name == "snapshots":
+        tops.append((place.parent.parent / "blobs").resolve())
+    return real.is_file() and any(real.is_relative_to(top) for top in tops)
+
+
 def base_config(config: PretrainedConfig) -> PretrainedConfig | None:
     """The config that the base came with; None: it is not at hand."""
     place = base_directory(config)
@@ -60,7 +72,7 @@ def tokenizer_limits(config: PretrainedConfig, processing_class: Any) -> dict[st
 
     Empty where the base is not at hand.
     """
-    base = _base_tokenizer(config, processing_class)
+    base = _base_of(config, processing_class)
     return {} if base is None else {name: getattr(base, name) for name in _LIMITS}
 
 
@@ -69,7 +81,7 @@ def with_limits_of_base(config: PretrainedConfig, processing_class: Any) -> Any:
 
     One that cannot be copied is given back as it is.
     """
-    base, tokenizer = _base_tokenizer(config, processing_class), _tokenizer(processing_class)
+    base, tokenizer = _base_of(config, processing_class), _tokenizer(processing_class)
     if base is None or _limits(tokenizer) == _limits(base):
         return processing_class
     try:
@@ -120,12 +132,13 @@ def companions_of_base(
         patterns.append(_OLD_TEMPLATE)
     if processing_class is None:
         patterns += (*_TOKENIZER, *_VOCABULARY) if _has_rows_of_base(config) else ()
-    elif _holds(config, processing_class):
+    elif _base_of(config, processing_class) is not None:
         patterns += _VOCABULARY
     hidden = set(pipes_in(place))
     for path in sorted({path for pattern in patterns for path in place.glob(pattern)}):
-        if path.name not in there | hidden and path.is_file():
-            yield path
+        if path.name not in there | hidden and is_of_the_base(path, place):
+            if path.stat().st_size <= _LARGEST:
+                yield path
 
 
 def _has_rows_of_base(config: PretrainedConfig) -> bool:
@@ -135,13 +148,14 @@ def _has_rows_of_base(config: PretrainedConfig) -> bool:
     return sizes[0] is not None and sizes[0] == sizes[1]
 
 
-def _holds(config: PretrainedConfig, processing_class: Any) -> bool:
-    """Whether each token of the base still has its number."""
+def _base_of(config: PretrainedConfig, processing_class: Any) -> Any:
+    """The base's tokenizer, if each of its tokens still has its number; else None."""
     base = _base_tokenizer(config, processing_class)
     if base is None:
-        return False
+        return None
     now: dict[str, int] = _tokenizer(processing_class).get_vocab()
-    return all(now.get(token) == index for token, index in base.get_vocab().items())
+    kept = all(now.get(token) == index for token, index in base.get_vocab().items())
+    return base if kept else None
 
 
 def _tokenizer(processing_class: Any) -> Any:
@@ -154,13 +168,13 @@ def _base_tokenizer(config: PretrainedConfig, processing_class: Any) -> Any:
     if place is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
     kind: Any = type(tokenizer)
-    return _load_tokenizer(kind, place)
+    try:
+        return _load_tokenizer(kind, place)
+    except Exception:  # the base has none, or one of another class
+        return None
 
 
 @functools.lru_cache(maxsize=1)
 def _load_tokenizer(kind: Any, place: Path) -> Any:
-    try:
-        with asking_nobody():
-            return kind.from_pretrained(place, local_files_only=True)
-    except Exception:  # the base has none, or one of another class
-        return None
+    with asking_nobody():
+        return kind.from_pretrained(place, local_files_only=True)

@@ -263,7 +263,6 @@ class MergeOnSaveCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
     ) -> None:
         keep_cpu_weights_unpacked(model)
-        take_settings_again(unwrap_model(model))
         self._merged = self._saved = None
         self._began = time.time() - 2  # some file systems know seconds alone
         if self._behind is not None:  # of a training that was cut off; what failed was said
@@ -275,6 +274,7 @@ class MergeOnSaveCallback(TrainerCallback):
         saves = self._saves_to_come(args, state)
         store = self._store(args)
         plan = self._check(args, model, store, saves)
+        take_settings_again(unwrap_model(model))
         if self._publisher is not None and self._processes.leads:
             self._publisher.resume(store)
         if self._data is not None:  # of a training that was cut off
@@ -373,9 +373,11 @@ class MergeOnSaveCallback(TrainerCallback):
             return
         if self._data is not None:
             self._data.close()
-        with closing(self._processes):
-            self._end(Moment(args, state, model, processing_class, eval_dataloader, None, True))
-        give_back_settings(unwrap_model(model))
+        try:
+            with closing(self._processes):
+                self._end(Moment(args, state, model, processing_class, eval_dataloader, None, True))
+        finally:
+            give_back_settings(unwrap_model(model))
 
     def _end(self, moment: Moment) -> None:
         args, state = moment.args, moment.state

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import shutil
 import tempfile
 import threading
 import warnings
@@ -37,6 +36,8 @@ from merge_callback.engines import class_of
 from merge_callback.plan import Plan
 from merge_callback.undo import Undone, put
 
+logger = logging.getLogger(__name__)
+
 # What a trainer turns off or on in the live config and a user of the model wants back.
 RESTORED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
 
@@ -55,9 +56,20 @@ def save_companions(
         generation.save_pretrained(directory)
     if processing_class is not None:
         processing_class.save_pretrained(directory)
+    if not isinstance(processing_class, SavedProcessor):  # which has them among its files
+        _carry_along(plan.model.config, processing_class, directory)
+
+
+def _carry_along(config: PretrainedConfig, processing_class: Any, directory: Path) -> None:
+    """Copy files of the base; one that cannot be read is no reason to lose a merge."""
     names = [path.name for path in directory.iterdir()]
-    for path in companions_of_base(plan.model.config, processing_class, names):
-        shutil.copyfile(path, directory / path.name)
+    for path in companions_of_base(config, processing_class, names):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            logger.warning("%s of the base is not carried along: %s", path, error)
+        else:
+            (directory / path.name).write_bytes(content)
 
 
 def aligned(
@@ -93,6 +105,7 @@ class SavedProcessor:
         processing_class = with_limits_of_base(config, processing_class)
         with tempfile.TemporaryDirectory() as directory:
             processing_class.save_pretrained(directory)
+            _carry_along(config, processing_class, Path(directory))
             paths = [path for path in Path(directory).rglob("*") if path.is_file()]
             self._files = {path.relative_to(directory): path.read_bytes() for path in paths}
 
@@ -168,6 +181,8 @@ def cache_of_base(config: PretrainedConfig) -> dict[str, Any]:
 def give_back_settings(model: nn.Module) -> None:
     """Set what a trainer has changed in a live config to what it was, once training is over."""
     inner = _inner(model)
+    if not isinstance(getattr(inner, "config", None), PretrainedConfig):
+        return
     _of_trainers[inner] = _settings(inner.config)  # type: ignore[arg-type]
     _set(inner.config, settings_to_restore(model))  # type: ignore[arg-type]
 

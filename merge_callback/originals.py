@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from merge_callback.base_files import is_of_the_base
 from merge_callback.codecs import TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
@@ -131,7 +132,7 @@ def find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]
     """
     try:
         return _find_unloaded(model, keys)
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         logger.warning(
             "the base's checkpoint cannot be read (%s): tensors of it that transformers does not "
             "load are not carried along",
@@ -144,10 +145,14 @@ def _find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded
     locate = _locator(model)
     path = locate(CONFIG_NAME)
     config = None if path is None else json.loads(path.read_text())
-    if config is None or not _is_of(model, config):
+    if path is None or config is None or not _is_of(model, config):
         return []
     files, known = _files(locate), CheckpointNames(model).loaded(keys)
     names = [name for name in files if not known(name) and not _OLD_BUFFERS.search(name)]
+    if strange := sorted(
+        {files[n].name for n in names if not is_of_the_base(files[n], path.parent)}
+    ):
+        raise ValueError(f"{', '.join(strange)} is outside its directory")
     return [found for name in names if (found := _unloaded(files[name], name)) is not None]
 
 
@@ -161,7 +166,7 @@ def _unloaded(file: Path, name: str) -> Unloaded | None:
 
 
 def _is_of(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
-    layers = config.get("text_config", config).get("num_hidden_layers")
+    layers = (config.get("text_config") or config).get("num_hidden_layers")
     own = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     return (
         class_of(model).__name__ in (config.get("architectures") or ())
@@ -194,13 +199,13 @@ def _locator(model: PreTrainedModel) -> Callable[[str], Path | None]:
 
 def _files(locate: Callable[[str], Path | None]) -> dict[str, Path]:
     """Tensor of the checkpoint -> its file; empty where it is not at hand."""
+    single = locate(SAFE_WEIGHTS_NAME)  # transformers takes it before an index
+    if single is not None:
+        with safe_open(single, "pt") as checkpoint:
+            return dict.fromkeys(checkpoint.keys(), single)
     index = locate(SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        located = {part: locate(part) for part in set(parts.values())}
-        return {name: path for name, part in parts.items() if (path := located[part]) is not None}
-    single = locate(SAFE_WEIGHTS_NAME)
-    if single is None:
+    if index is None:
         return {}
-    with safe_open(single, "pt") as checkpoint:
-        return dict.fromkeys(checkpoint.keys(), single)
+    parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    located = {part: locate(part) for part in set(parts.values())}
+    return {name: path for name, part in parts.items() if (path := located[part]) is not None}

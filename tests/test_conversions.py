@@ -1,5 +1,7 @@
 """Names: what is written carries the names of the checkpoint that was loaded, fused or not."""
 
+import json
+
 import pytest
 import torch
 from models import adapt, base_weight, load_base, merged_weights, save_base, ulps
@@ -301,6 +303,24 @@ def test_what_transformers_does_not_load_is_carried_along(tmp_path, kind, size, 
     checks = result.manifest["verification"]["checks"]
     assert all(checks[f"{method}: carried tensors"] == "passed" for method in methods)
     assert "3 tensors that transformers does not load are those of the base's files" in caplog.text
+
+
+def test_only_files_that_transformers_loads_are_looked_into(tmp_path, caplog):
+    """A stale or hostile index may name others, also beyond the directory."""
+    base = save_base(tmp_path / "base")
+    save_file({"private": torch.ones(3)}, tmp_path / "m.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {"private": "../m.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    beside = merge_adapter(adapt(load_base(base, "bfloat16")), tmp_path / "one", progress=False)
+    assert beside.manifest["carried"] == []
+    names = dict.fromkeys(load_file(base / "model.safetensors"), "part.safetensors")
+    index["weight_map"] = {"private": "linked.safetensors"} | names
+    model = adapt(load_base(base, "bfloat16"))
+    (base / "model.safetensors").rename(base / "part.safetensors")
+    (base / "linked.safetensors").symlink_to(tmp_path / "m.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    alone = merge_adapter(model, tmp_path / "two", progress=False)
+    assert alone.manifest["carried"] == [] and "is a link out of its directory" in caplog.text
 
 
 def test_a_carried_tensor_that_differs_from_the_base_is_not_published(tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from merge_callback import MergeOnSaveCallback, merge_adapter
+from merge_callback import MergeError, MergeOnSaveCallback, merge_adapter
+from merge_callback.base_files import is_of_the_base
 from merge_callback.cli import main
 from merge_callback.data import Data
 
@@ -107,6 +108,54 @@ def test_without_a_tokenizer_the_bases_is_carried_along_while_its_rows_are_the_s
     assert not (more.path / "tokenizer.json").exists()
 
 
+def test_no_file_from_outside_the_base_is_published(tmp_path):
+    """A base may come from anybody, with links to what only this user can read."""
+    base = with_base_files(tmp_path / "base", tokenizer())
+    (tmp_path / "secret").write_text("token")
+    for name in ("preprocessor_config.json", "tokenizer.model"):
+        (base / name).unlink()
+        (base / name).symlink_to(tmp_path / "secret")
+    model = adapt(load_base(base, "nf4"))
+    words = tokenizer()
+    path = merge_adapter(model, tmp_path / "out", processing_class=words, progress=False).path
+    names = {file.name for file in path.iterdir()}
+    assert names.isdisjoint({"preprocessor_config.json", "tokenizer.model"})
+    assert "processor_config.json" in names
+
+
+def test_files_of_a_hub_cache_are_links_within_it(tmp_path):
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x--y" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1f").write_text("{}")
+    (snapshot / "a.json").symlink_to("../../blobs/1f")
+    (tmp_path / "b.json").write_text("{}")
+    (snapshot / "b.json").symlink_to(tmp_path / "b.json")
+    assert is_of_the_base(snapshot / "a.json", snapshot)
+    assert not is_of_the_base(snapshot / "b.json", snapshot)
+
+
+def test_a_version_behind_the_training_has_the_same_files(tmp_path):
+    with_base_files(tmp_path / "base", tokenizer())
+    model = adapt(load_base(tmp_path / "base", "nf4"))
+    callback = MergeOnSaveCallback(**QUICK, merge_on_save=True, blocking=False)
+    trainer(tmp_path, callback, model=model, save_strategy="steps", save_steps=2).train()
+    files = [set(result.manifest["files"]) for result in callback.results]
+    assert len(files) == 2 and files[0] == files[1] and "tokenizer.model" in files[0]
+
+
+def test_a_tokenizer_that_is_not_the_bases_keeps_its_limits(tmp_path):
+    base = save_base(tmp_path / "base")
+    tokenizer().save_pretrained(base)
+    other = tokenizer().train_new_from_iterator([["b", "a", "c"]], vocab_size=20)
+    other.model_max_length = 77
+    result = merge_adapter(
+        adapt(load_base(base, "nf4")), tmp_path / "out", processing_class=other, progress=False
+    )
+    assert AutoTokenizer.from_pretrained(result.path).model_max_length == 77
+
+
 def test_padding_side_and_lengths_are_those_of_the_base(tmp_path):
     words = tokenizer()
     words.padding_side, words.model_max_length = "right", 77
@@ -180,6 +229,14 @@ def test_a_trainer_leaves_nothing_around_the_text_config(tmp_path):
     run.train()
     written = config_of(callback.results[0])
     assert written.get("use_cache", True) is written["text_config"]["use_cache"] is True
+
+
+def test_the_cache_comes_back_after_a_merge_that_failed(tmp_path):
+    callback = MergeOnSaveCallback(max_kl=1e-12, rounding="nearest")
+    run = trainer(tmp_path, callback)
+    with pytest.raises(MergeError, match="max_kl"):
+        run.train()
+    assert run.model.config.use_cache is True
 
 
 def test_the_same_trainer_trains_again_without_a_cache(tmp_path):
