@@ -336,7 +336,7 @@ def used_outside_their_layers(model: nn.Module) -> set[str]:
     return {
         f"{name}.{child}.weight" if name else f"{child}.weight"
         for name, module in model.named_modules()
-        for child in _read_by(type(module))
+        for child in _read_by(type(module))  # type: ignore[arg-type]
         if isinstance(getattr(module, child, None), nn.Module)
     }
 
