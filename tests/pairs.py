@@ -33,6 +33,7 @@ BASES = ("bfloat16", "nf4")
 SECONDS = 240
 _MEMORY = 16 << 30
 _NOISE = 0.2  # of the weight that it is added to
+_READ = ("router.classifier", "dt_proj")  # and not called: no gradient reaches their adapters
 _INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -161,12 +162,13 @@ def _layers(model):
 def _train(model):
     """Give the adapter weights whose product is a fifth of the base's."""
     generator = torch.Generator().manual_seed(2)
-    for _, layer, name in _adapters(model):
+    for name_of, layer, name in _adapters(model):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         for factor in (a, b):
             factor.copy_(0.1 * torch.randn(factor.shape, generator=generator))
         size = _base(layer).norm() / _added(layer, name).norm()
-        b.mul_(_NOISE * float(size) if size else 1)
+        read = name_of.rpartition(".")[0].endswith(_READ)
+        b.mul_(0 if read else _NOISE * float(size) if size else 1)
 
 
 def _adapters(model):
@@ -302,7 +304,7 @@ def _check_rounded(key, exact, tensor):
     equal = float((exact.to(dtype) == tensor).double().mean())  # of its file, up-cast in the model
     slack = torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
     off = int(((exact - tensor.double()).abs() > slack).sum())
-    assert off == 0 and equal > 0.99, (
+    assert off == 0 and (equal > 0.99 or dtype == torch.float32), (
         f"{key}: {off} values are not base + adapter, {equal:.2%} equal"
     )
 
