@@ -162,7 +162,8 @@ def _sparse_problems(plan: Plan, method: str) -> Iterator[str]:
 
 def _planned(plan: Plan, method: str) -> tuple[dict[str, TensorSpec], dict[str, bytes]]:
     """What is written, and the bytes that must not be zeros: the settings of 4-bit weights."""
-    specs, values = {}, {}
+    specs: dict[str, TensorSpec] = {}
+    values: dict[str, bytes] = {}
     for group in plan.groups:
         specs |= group.specs[method]
         for weight in group.weights:
