@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftMixedModel, PeftModel
@@ -336,7 +336,7 @@ def used_outside_their_layers(model: nn.Module) -> set[str]:
     return {
         f"{name}.{child}.weight" if name else f"{child}.weight"
         for name, module in model.named_modules()
-        for child in _read_by(type(module))  # type: ignore[arg-type]
+        for child in _read_by(cast(Any, type(module)))
         if isinstance(getattr(module, child, None), nn.Module)
     }
 

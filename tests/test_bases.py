@@ -8,6 +8,7 @@ import transformers
 from models import adapt, load_base, qlora, same, save_base, snapshot
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
+from shrink import save_small
 from test_adapters import effect_error
 from test_architectures import MODELS, made
 from test_calibration import batches
@@ -20,6 +21,7 @@ from transformers import (
 
 from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
 from merge_callback.export import check_merge
+from merge_callback.live import used_outside_their_layers
 from merge_callback.planning import make_plan
 from merge_callback.shards import DTYPE_NAMES
 from merge_callback.verification.tensors import Deviation, deviations
@@ -313,6 +315,82 @@ def test_a_tensor_that_would_not_load_again_is_found_before_training(tmp_path):
         delattr(inner, name)
         inner.register_buffer(name, torch.zeros(4), persistent=False)
     check_merge(model, store, MergeOptions())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+def test_four_bits_that_transformers_cannot_load_are_found_before_training(
+    tmp_path, monkeypatch, capfd, kind
+):
+    save_small("causal", "llama4_text", tmp_path / "base")
+    model = adapt(load_base(tmp_path / "base", kind), target_modules=["q_proj"])
+    store, scratch = MergeStore(tmp_path / "out"), tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    torch.manual_seed(5)
+    capfd.readouterr()
+    wanted = torch.random.get_rng_state()
+    with pytest.raises(MergeRefused) as caught:
+        check_merge(model, store, MergeOptions(save_method=["merged_16bit", "merged_4bit"]))
+    assert list(caught.value.problems) == [
+        "merged_4bit does not load: \"normal_kernel_cpu\" not implemented for 'Byte' "
+        "(Llama4ForCausalLM); use save_method='merged_16bit'"
+    ]
+    assert torch.equal(torch.random.get_rng_state(), wanted)
+    assert list(scratch.iterdir()) == []
+    assert "Loading weights" not in "".join(capfd.readouterr())
+    check_merge(model, store, MergeOptions(save_method="merged_16bit"))
+    check_merge(model, store, MergeOptions(save_method="merged_4bit", verify=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_model_reads_itself_stays_in_16_bits(tmp_path):
+    save_small("causal", "mamba", tmp_path / "base")
+    model = adapt(load_base(tmp_path / "base", "bfloat16"), target_modules=["in_proj"])
+    result = merge_adapter(
+        model, tmp_path / "out", save_method="merged_4bit", verification_data=batches(2)
+    )
+    assert result.manifest["verification"]["checks"]["merged_4bit: outputs"] == "passed"
+    read = {name for name, _ in model.get_base_model().named_modules() if "dt_proj" in name}
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    assert read and set(config["llm_int8_skip_modules"]) == {*read, "lm_head"}
+
+
+def test_what_the_class_keeps_in_32_bits_is_not_quantised(tmp_path):
+    model = qlora(tmp_path, "bfloat16")
+    model.get_base_model()._keep_in_fp32_modules_strict = {"gate_proj"}
+    plan = make_plan(model, MergeOptions(save_method="merged_4bit"))
+    layers = range(model.config.num_hidden_layers)
+    gates = [f"model.layers.{i}.mlp.gate_proj" for i in layers]
+    assert plan.unquantised_linears("merged_4bit") == ["lm_head", *gates]
+
+
+class Reading(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        names = "called read cast asked sliced fused made"
+        for name in names.split():
+            setattr(self, name, torch.nn.Linear(4, 4))
+        torch.nn.init.zeros_(self.made.weight)
+
+    def forward(self, x):
+        # self.called.weight is a comment
+        if self.training:
+            x = x @ self.fused.weight
+        x = self.called(x.to(self.asked.weight.dtype)) @ self.read.weight.t()
+        x = self.asked(x) @ self.sliced.weight[:2].t().repeat(1, 2)
+        return self.fused(self.cast(x.to(self.cast.weight.dtype)))
+
+
+def test_weights_that_a_model_reads_itself_are_found():
+    model = torch.nn.ModuleDict({"inner": Reading()})
+    assert used_outside_their_layers(model) == {
+        "inner.asked.weight",
+        "inner.cast.weight",
+        "inner.read.weight",
+    }
+    model.inner = torch.nn.ModuleDict({"again": model.inner})
+    assert "inner.again.read.weight" in used_outside_their_layers(model)
 
 
 def test_the_output_has_a_dtype_of_weights_though_the_first_tensor_has_8_bits(tmp_path):

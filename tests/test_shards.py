@@ -6,12 +6,19 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from merge_callback.codecs import TensorSpec
 from merge_callback.errors import CorruptVersion
 from merge_callback.files import hash_file
-from merge_callback.shards import DTYPE_NAMES, CheckpointWriter, _File, check_written
+from merge_callback.shards import (
+    DTYPE_NAMES,
+    CheckpointWriter,
+    _File,
+    check_written,
+    write_sparse,
+)
 
 
 def spec(tensor):
@@ -131,3 +138,19 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError):
         write(tmp_path, [{"a": torch.zeros(2)}])
     assert (tmp_path / "model.safetensors").read_text() == "mine"
+
+
+def test_a_sparse_file_takes_no_room_and_reads_back_as_planned(tmp_path):
+    specs = {
+        "large": TensorSpec((1 << 14, 1 << 14), torch.bfloat16),
+        "text": TensorSpec((8,), torch.uint8),
+        "last": TensorSpec((1 << 20,), torch.float32),
+    }
+    path = tmp_path / "model.safetensors"
+    write_sparse(path, specs, {"text": b"{}"})
+    assert path.stat().st_size > 1 << 29
+    assert path.stat().st_blocks * 512 < 1 << 16
+    with safe_open(path, "pt") as file:
+        assert bytes(file.get_tensor("text").tolist()) == b"{}      "
+        assert file.get_slice("large").get_shape() == [1 << 14, 1 << 14]
+        assert not file.get_tensor("last").any()

@@ -107,14 +107,14 @@ def loading_problems(plan: Plan) -> Iterator[str]:
     An empty model is made to see what the class does not make, then files of zeros with the planned
     headers are loaded. Where either cannot be done nothing is said before there are files.
     """
-    lost = list(_lost(plan))
+    lost = list(_name_problems(plan))
     yield from lost
     if not lost:
         for method in plan.containers:
             yield from _sparse_problems(plan, method)
 
 
-def _lost(plan: Plan) -> Iterator[str]:
+def _name_problems(plan: Plan) -> Iterator[str]:
     """Tensors of a live model that its class does not make, so that they would not load again."""
     model, stored = plan.model, [weight.stored for weight in plan.weights.values()]
     ours = any(isinstance(found, Bnb4Weight | Bnb8Weight) for found in stored)
