@@ -211,6 +211,8 @@ def _decoded(layer):
 def _added(layer, adapter):
     """What an adapter adds to it, in float64."""
     a, b = (part[adapter].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    if not b.any():  # no forward has reached it
+        return torch.zeros((), dtype=torch.float64)
     if (experts := getattr(layer, "num_experts", 1)) == 1:
         product = b @ a
         return layer.scaling[adapter] * (product.t() if layer.fan_in_fan_out else product)
