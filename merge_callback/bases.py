@@ -24,7 +24,13 @@ from transformers.utils.hub import cached_file
 
 from merge_callback.errors import MergeRefused
 from merge_callback.foreign import slow_pattern
-from merge_callback.recipe import Recipe, refuse_hostile_settings, settings_of
+from merge_callback.recipe import (
+    MOST_ROWS,
+    Recipe,
+    input_embeddings,
+    refuse_hostile_settings,
+    settings_of,
+)
 from merge_callback.verification.rebuilt import own_class, refuse_hostile
 
 logger = logging.getLogger(__name__)
@@ -40,7 +46,6 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_MOST_ROWS = 1 << 24  # of an embedding
 ROOT = "base_model.model."  # of PEFT's names
 WRAPPED = re.compile(r"\.(modules_to_save|original_module|token_adapter|base_layer)\b")
 _HEAD = re.compile(r"(^|\.)(score|classifier)(\.out_proj)?\.weight$")
@@ -298,12 +303,12 @@ def _resize(
     tokens: int | None,
 ) -> None:
     """Give a base as many embeddings as were trained with."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(model)
     if not isinstance(embeddings, nn.Embedding):
         return
     had = embeddings.num_embeddings
     saved = _saved_rows(model, shapes)
-    rows = saved or _told_rows(recipe) or max(had, tokens or 0)
+    rows = saved or _told_rows(recipe, model.config, had) or max(had, tokens or 0)
     if rows == had:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -321,20 +326,39 @@ def _resize(
 
 
 def _saved_rows(model: Any, shapes: Shapes) -> int | None:
-    """How many embeddings an adapter has saved."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
-    found = (shape[0] for key, shape in shapes.items() if plain_name(key) in names)
-    return next(found, None)
+    """How many embeddings the model had whose input or output embeddings an adapter has saved."""
+    inputs, outputs = input_embeddings(model), model.get_output_embeddings()
+    # Some models have more rows of the one than of the other.
+    more = inputs.num_embeddings - getattr(outputs, "out_features", inputs.num_embeddings)
+    rows = {plain_name(key): shape[0] for key, shape in shapes.items() if shape}
+    found: list[int] = [
+        rows[f"{name}.weight"] + (0 if module is inputs else more)
+        for name, module in model.named_modules()
+        if module in (inputs, outputs) and f"{name}.weight" in rows
+    ]
+    return next(iter(found), None)
 
 
-def _told_rows(recipe: Recipe | None) -> int | None:
-    """How many embeddings a training has noted."""
+def _told_rows(recipe: Recipe | None, own: PretrainedConfig, had: int) -> int | None:
+    """How many embeddings a training has noted; None: nothing of them.
+
+    Earlier versions noted the vocabulary only, of which some models have fewer entries than rows.
+    """
     if recipe is None:
         return None
-    inner = recipe.config.get("text_config")
-    found = (inner if isinstance(inner, dict) else recipe.config).get("vocab_size")
-    return found if type(found) is int and 0 < found < _MOST_ROWS else None
+    if recipe.num_embeddings is not None:
+        return recipe.num_embeddings
+    noted, mine = _vocabulary(recipe.config), _vocabulary(settings_of(own))
+    if noted is None or mine is None:
+        return None
+    found = had + noted - mine
+    return found if 0 < found < MOST_ROWS else None
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    inner = config.get("text_config")
+    found = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    return found if type(found) is int else None
 
 
 def _check_patterns(quantization: Mapping[str, Any], shapes: Shapes) -> None:

@@ -30,6 +30,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
 _SCHEMA = 1
 _MOST_LAYERS = 10_000
+MOST_ROWS = 1 << 24  # of an embedding
 # What another loading decides anew, or this file says elsewhere; and what trainers change.
 _NOT_SETTINGS = {
     "_name_or_path",
@@ -69,6 +70,8 @@ class Recipe:
         dtype: that of its config; None: as its checkpoint has it.
         quantization: settings of BitsAndBytesConfig; empty: it was not quantised so.
         config: its config, without what another loading decides and what trainers change.
+        num_embeddings: rows of its input embeddings; None: it has none, or an earlier version wrote
+            the file.
     """
 
     model_class: str
@@ -76,6 +79,7 @@ class Recipe:
     dtype: str | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    num_embeddings: int | None = None
 
 
 def keep_recipe(model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
@@ -105,6 +109,7 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         "dtype": dtype if dtype in DTYPES else None,
         "quantization": _quantization(base.config),
         "config": settings_of(base.config),
+        "num_embeddings": _rows_of(input_embeddings(base)),
     }
     part = directory / f".{RECIPE}.part"
     try:
@@ -112,6 +117,19 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         part.replace(directory / RECIPE)
     finally:
         part.unlink(missing_ok=True)
+
+
+def input_embeddings(model: Any) -> Any:
+    """None: it has none, as a model of speech or of pictures."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def _rows_of(embeddings: Any) -> int | None:
+    inner = getattr(embeddings, "get_base_layer", lambda: embeddings)()  # of an adapted one
+    return getattr(inner, "num_embeddings", None)
 
 
 def read_recipe(checkpoint: Path) -> Recipe | None:
@@ -181,7 +199,10 @@ def _checked(found: Any) -> Recipe:
         raise ValueError(f"its dtype is none: {found['dtype']!r}")
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("its quantization or config is no JSON object")
-    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), parts[0], parts[1])
+    rows = found.get("num_embeddings")
+    if rows is not None and not (type(rows) is int and 0 < rows < MOST_ROWS):
+        raise ValueError(f"its num_embeddings is none: {rows!r}")
+    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), *parts, rows)
     _check_quantization(recipe.quantization)
     refuse_hostile_settings(recipe.config)
     return recipe

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from models import adapt, load_base, logits, same, save_base, tokenizer
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
@@ -166,6 +167,105 @@ def test_embeddings_that_nobody_has_saved_are_named(tmp_path, caplog):
     assert "2 tokens" in caplog.text and "1 of these embeddings are not saved" in caplog.text
 
 
+def mllama():
+    """It has 8 rows more than its vocabulary, for pictures."""
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 64,
+        "vision_output_dim": 64,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    config = transformers.MllamaConfig(
+        text_config=text, vision_config=vision, image_token_index=100
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def without_rows(checkpoint):
+    """As earlier versions wrote it."""
+    path = checkpoint / RECIPE
+    found = json.loads(path.read_text())
+    del found["num_embeddings"]
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("noted", ["rows", "vocabulary"])
+def test_rows_beyond_the_vocabulary_stay(tmp_path, noted, settings):
+    mllama().save_pretrained(tmp_path / "base")
+    base = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    live = adapt(base, task_type=None, target_modules=r".*language_model.*\.q_proj", **settings)
+    checkpoint = saved(live, tmp_path / "adapter")
+    assert read_recipe(checkpoint).num_embeddings == 108
+    if noted == "vocabulary":
+        without_rows(checkpoint)
+    found = load_adapter(checkpoint)
+    assert torch.equal(embeddings(found.get_base_model()), embeddings(live.get_base_model()))
+    assert found.config.text_config.vocab_size == 100
+
+
+def test_a_vocabulary_that_was_noted_without_rows_is_resized_to(tmp_path):
+    base = load_base(save_base(tmp_path / "base"), "bfloat16")
+    base.resize_token_embeddings(306, mean_resizing=False)
+    adapt(base).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    write_recipe(base, tmp_path / "adapter")
+    without_rows(tmp_path / "adapter")
+    found = load_adapter(tmp_path / "adapter").get_base_model()
+    assert found.config.vocab_size == embeddings(found).shape[0] == 306
+
+
+def test_rows_of_adapted_embeddings_are_noted(tmp_path):
+    base = load_base(save_base(tmp_path / "base", tied=False), "bfloat16")
+    base.resize_token_embeddings(306, mean_resizing=False)
+    live = adapt(base, target_modules=["embed_tokens", "q_proj"])
+    (tmp_path / "adapter").mkdir()
+    write_recipe(live, tmp_path / "adapter")
+    assert read_recipe(tmp_path / "adapter").num_embeddings == 306
+
+
+def test_an_adapter_of_a_model_without_embeddings_loads(tmp_path):
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "base")
+    base = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "base")
+    live = adapt(base, task_type=None, target_modules=["q_proj", "v_proj"])
+    checkpoint = saved(live, tmp_path / "adapter")
+    assert read_recipe(checkpoint).num_embeddings is None
+    found = load_adapter(checkpoint).eval()
+    sound = torch.randn(1, 400)
+    with torch.no_grad():
+        assert torch.equal(found(sound).logits, live(sound).logits)
+
+
 # Its head
 
 
@@ -261,6 +361,7 @@ HOSTILE = {
     "": [None, [], "a", 5, {}, {"schema": 2}],
     "model_class": [None, 5, ["a"]],
     "dtype": [5, "int8", "__class__"],
+    "num_embeddings": ["5", 0, -1, 1.0, True, 10**9],
     "quantization": [
         5,
         None,
