@@ -19,7 +19,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from merge_callback.errors import MergeRefused
@@ -48,6 +48,7 @@ _CLASSES = {
 }
 ROOT = "base_model.model."  # of PEFT's names
 WRAPPED = re.compile(r"\.(modules_to_save|original_module|token_adapter|base_layer)\b")
+_POOLER = re.compile(r"(^|\.)pooler\.")  # many checkpoints have none, and few trainings use it
 _HEAD = re.compile(r"(^|\.)(score|classifier)(\.out_proj)?\.weight$")
 # How 4 bits are taken to be made where nothing says it, and the option that says otherwise.
 _QLORA = {
@@ -131,9 +132,34 @@ def load_base(
         _check_patterns(quantization, shapes)
         if quantization:
             settings["quantization_config"] = BitsAndBytesConfig(**quantization)  # type: ignore[no-untyped-call]
-    model, info = cls.from_pretrained(name, output_loading_info=True, **settings)
-    absent = [key for key in info["missing_keys"] if not any(key in plain_name(k) for k in shapes)]
-    if absent:
+    model, info = cls.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    _check_whole(name, model, info, shapes)
+    _resize(model, adapter, shapes, recipe, tokens)
+    return model
+
+
+def _check_whole(name: str, model: Any, info: Mapping[str, Any], shapes: Shapes) -> None:
+    """Whether the base or the adapter has each tensor of a model, in the size that it has there."""
+    held = [plain_name(key) for key in shapes]
+    resized = sorted(found for found in info["mismatched_keys"] if found[0] not in held)
+    if resized:
+        key, there, here = resized[0]
+        raise MergeRefused(
+            [
+                f"{key} and {len(resized) - 1} others have other sizes in the base {name}, "
+                f"{list(there)} and not {list(here)}, and are not in the adapter; what training "
+                "changed of the config is said with --config KEY=VALUE"
+            ]
+        )
+    absent = sorted(key for key in info["missing_keys"] if not any(key in one for one in held))
+    if absent and _is_bare(model) and all(map(_POOLER.search, absent)):
+        logger.warning(
+            "%s are neither in the base nor in the adapter: they are made anew, and say nothing",
+            ", ".join(absent),
+        )
+    elif absent:
         raise MergeRefused(
             [
                 f"{absent[0]} and {len(absent) - 1} others are neither in the base {name} nor in "
@@ -141,8 +167,12 @@ def load_base(
                 "name the class that was trained with --model-class"
             ]
         )
-    _resize(model, adapter, shapes, recipe, tokens)
-    return model
+
+
+def _is_bare(model: Any) -> bool:
+    """Whether its class has no head, as those of AutoModel."""
+    found = MODEL_MAPPING.get(type(model.config), ())  # type: ignore[no-untyped-call]
+    return type(model) in (found if isinstance(found, tuple) else (found,))
 
 
 def _class(adapter: PeftConfig, loading: Loading, recipe: Recipe | None) -> Any:

@@ -202,7 +202,7 @@ def _checked(found: Any) -> Recipe:
     rows = found.get("num_embeddings")
     if rows is not None and not (type(rows) is int and 0 < rows < MOST_ROWS):
         raise ValueError(f"its num_embeddings is none: {rows!r}")
-    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), *parts, rows)
+    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), parts[0], parts[1], rows)
     _check_quantization(recipe.quantization)
     refuse_hostile_settings(recipe.config)
     return recipe

@@ -10,7 +10,7 @@ import transformers
 from models import adapt, load_base, logits, same, save_base, tokenizer
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_callback import sft
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -313,6 +313,78 @@ def test_a_head_that_nobody_has_saved_is_not_made_up(tmp_path):
     get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
     with pytest.raises(MergeRefused, match=r"score\.weight and 0 others are neither in the base"):
         load_adapter(tmp_path / "adapter")
+
+
+def vit(path, saved_parts):
+    """A model of 7 labels on a base of 5."""
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
+        num_labels=5,
+    )
+    kind = transformers.ViTForImageClassification
+    kind(config).save_pretrained(path)
+    base = kind.from_pretrained(path, num_labels=7, ignore_mismatched_sizes=True)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved_parts}
+    return adapt(base, task_type=None, **settings)
+
+
+def test_a_head_of_another_size_than_the_base_has_is_the_adapters(tmp_path):
+    live = vit(tmp_path / "base", ["classifier"])
+    found = load_adapter(saved(live, tmp_path / "adapter"))
+    picture = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        logits = [model(pixel_values=picture).logits for model in (live, found.eval())]
+    assert logits[0].shape == (1, 7) and torch.equal(*logits)
+
+
+def test_a_head_of_another_size_that_nobody_has_saved_is_not_made_up(tmp_path):
+    live = vit(tmp_path / "base", None)
+    with pytest.raises(MergeRefused) as caught:
+        load_adapter(saved(live, tmp_path / "adapter"))
+    assert caught.value.problems[0] == (
+        f"classifier.bias and 1 others have other sizes in the base {tmp_path / 'base'}, [5] and "
+        "not [7], and are not in the adapter; what training changed of the config is said with "
+        "--config KEY=VALUE"
+    )
+
+
+def roberta(path):
+    config = transformers.RobertaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(path)
+    return path
+
+
+def test_a_pooler_that_no_checkpoint_has_is_named(tmp_path, caplog):
+    base = transformers.AutoModel.from_pretrained(roberta(tmp_path / "base"))
+    settings = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    live = adapt(base, **settings)
+    found = load_adapter(saved(live, tmp_path / "adapter")).eval()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        hidden = [model(input_ids=ids).last_hidden_state for model in (live, found)]
+    assert torch.equal(*hidden)
+    assert "pooler.dense.bias, pooler.dense.weight are neither in the base nor" in caplog.text
+
+
+def test_layers_that_no_checkpoint_has_are_not_made_up(tmp_path):
+    base = transformers.AutoModel.from_pretrained(roberta(tmp_path / "base"))
+    live = adapt(base, task_type="FEATURE_EXTRACTION", target_modules=["query"])
+    weights = load_file(tmp_path / "base/model.safetensors")
+    left = {key: value for key, value in weights.items() if ".layer.1." not in key}
+    save_file(left, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeRefused, match=r"encoder\.layer\.1\..* are neither in the base"):
+        load_adapter(saved(live, tmp_path / "adapter"))
 
 
 def test_an_adapter_without_a_task_says_its_class_or_is_guessed(tmp_path, caplog):
