@@ -23,7 +23,6 @@ from transformers import MODEL_MAPPING, AutoConfig, BitsAndBytesConfig, Pretrain
 from transformers.utils.hub import cached_file
 
 from merge_callback.errors import MergeRefused
-from merge_callback.foreign import slow_pattern
 from merge_callback.recipe import (
     MOST_ROWS,
     Recipe,
@@ -129,7 +128,6 @@ def load_base(
     settings["device_map"] = loading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if getattr(config, "quantization_config", None) is None:  # else its own hold
         quantization = _quantization(loading, recipe)
-        _check_patterns(quantization, shapes)
         if quantization:
             settings["quantization_config"] = BitsAndBytesConfig(**quantization)  # type: ignore[no-untyped-call]
     model, info = cls.from_pretrained(
@@ -389,12 +387,6 @@ def _vocabulary(config: Mapping[str, Any]) -> int | None:
     inner = config.get("text_config")
     found = (inner if isinstance(inner, dict) else config).get("vocab_size")
     return found if type(found) is int else None
-
-
-def _check_patterns(quantization: Mapping[str, Any], shapes: Shapes) -> None:
-    skipped = quantization.get("llm_int8_skip_modules") or []
-    if slow := slow_pattern(skipped, map(plain_name, shapes)):
-        raise ValueError(f"its quantization has a pattern that takes for ever: {slow!r}")
 
 
 def _directory_of(name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.modeling_utils import unwrap_model
 from merge_callback.companions import RESTORED
 from merge_callback.engines import class_of
 from merge_callback.errors import MergeRefused
-from merge_callback.foreign import read_json
+from merge_callback.foreign import read_json, refuse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ RECIPE = "merge_callback.json"
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
 _SCHEMA = 1
-_MOST_LAYERS = 10_000
 MOST_ROWS = 1 << 24  # of an embedding
 # What another loading decides anew, or this file says elsewhere; and what trainers change.
 _NOT_SETTINGS = {
@@ -53,6 +53,7 @@ _SETTINGS: Mapping[str, tuple[type, ...]] = {
     "llm_int8_skip_modules": (list, type(None)),
     "llm_int8_has_fp16_weight": (bool,),
 }
+_MODULES = re.compile(r"[\w.-]+")  # transformers takes them as patterns: these match in no time
 _ALLOWED = {
     "bnb_4bit_quant_type": QUANT_TYPES,
     "bnb_4bit_compute_dtype": DTYPES,
@@ -164,8 +165,8 @@ def refuse_hostile_settings(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} cannot be set")
         if isinstance(value, dict):
             refuse_hostile_settings(value)
-        elif "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ValueError(f"its {key} is {value}")
+        else:
+            refuse_layers(key, value)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,5 +215,11 @@ def _check_quantization(found: Mapping[str, Any]) -> None:
             raise ValueError(f"its quantization has a {key} that is none: {value!r}")
         if key in _ALLOWED and value not in _ALLOWED[key]:
             raise ValueError(f"its quantization has a {key} that is none: {value!r}")
-        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
-            raise ValueError(f"its quantization has a {key} that is none: {value!r}")
+        for name in value if isinstance(value, list) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"its quantization has a {key} that is none: {value!r}")
+            if not _MODULES.fullmatch(name):
+                raise ValueError(
+                    f"its quantization has a pattern in {key}, {name!r}; name the modules one by "
+                    "one, by the ends of their names"
+                )

@@ -19,7 +19,13 @@ from merge_callback.bases import Loading
 from merge_callback.checkpoints import load_adapter
 from merge_callback.cli import main
 from merge_callback.live import keep_cpu_weights_unpacked
-from merge_callback.recipe import RECIPE, read_recipe, write_recipe
+from merge_callback.recipe import (
+    RECIPE,
+    read_recipe,
+    refuse_hostile_settings,
+    settings_of,
+    write_recipe,
+)
 
 
 def saved(model, path, *, noted=True):
@@ -447,6 +453,11 @@ HOSTILE = {
         5,
         None,
         {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 1e9},
+        {"n_layer": 10**9},
+        {"vision_config": {"depth": 10**9}},
+        {"depths": [2, 10**9]},
+        {"num_blocks": 10_001},
         {"quantization_config": {}},
         {"text_config": {"attn_implementation": "a/b"}},
         {"auto_map": {"AutoConfig": "code.C"}},
@@ -465,15 +476,52 @@ def test_a_note_of_others_is_checked(tmp_path, capsys, field, value):
     assert f"{RECIPE} cannot be read: " in capsys.readouterr().err
 
 
-def test_a_note_with_a_pattern_that_takes_for_ever_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("merge_callback.foreign._LONGEST_MATCH", 1.0)
+@pytest.mark.parametrize("pattern", [r"([\w.]+)+!", "(a|a)*", "lm_head\n", "a*", ""])
+def test_a_note_with_a_pattern_is_refused_untried(tmp_path, capsys, pattern):
+    """The names that it would be tried on may be the author's, too."""
     live = adapt(load_base(save_base(tmp_path / "base"), "nf4"))
     path = saved(live, tmp_path / "adapter") / RECIPE
+    save_file({"base_model.model.a": torch.ones(1)}, tmp_path / "adapter/adapter_model.safetensors")
     found = json.loads(path.read_text())
-    found["quantization"]["llm_int8_skip_modules"] = [r"([\w.]+)+!"]
+    found["quantization"]["llm_int8_skip_modules"] = ["lm_head", pattern]
     path.write_text(json.dumps(found))
     assert main(["merge", str(tmp_path / "adapter")]) == 1
-    assert "has a pattern that takes for ever" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has a pattern in llm_int8_skip_modules" in told and "one by one" in told
+
+
+def test_modules_that_training_did_not_quantise_are_left_so(tmp_path):
+    save_base(tmp_path / "base", tied=False)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head", "layers.0.mlp", "k_proj"]
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    found = loaded(saved(adapt(base), tmp_path / "adapter")).get_base_model()
+    ours, theirs = (
+        {name: parameter.dtype for name, parameter in model.named_parameters()}
+        for model in (found, base)
+    )
+    assert ours == theirs
+    assert ours["model.layers.1.self_attn.k_proj.base_layer.weight"] != torch.uint8
+    assert ours["model.layers.1.self_attn.q_proj.base_layer.weight"] == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layer", 10**9), ("depth", 1e9), ("depths", [10**9])]
+)
+def test_a_base_of_more_layers_than_can_be_made_does_not_load(tmp_path, key, value):
+    live = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"))
+    checkpoint = saved(live, tmp_path / "adapter")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(MergeRefused, match=f"its {key} is "):
+        load_adapter(checkpoint)
+
+
+def test_sizes_of_layers_are_no_numbers_of_layers():
+    """Gemma 3n has a vocab_size_per_layer_input of 262144."""
+    refuse_hostile_settings(settings_of(transformers.Gemma3nConfig()))
+    refuse_hostile_settings({"num_hidden_layers": 10_000, "layer_norm_eps": 1e-5, "n_layer": None})
 
 
 # What the adapter took off it
