@@ -19,6 +19,7 @@ from typing import Any
 _LARGEST = 1 << 28  # bytes of a JSON file
 _MOST_LAYERS = 10_000  # each of them a module
 _OF_LAYERS = re.compile("layer|depth|num_blocks")
+_OF_ONE_LAYER = re.compile("size|theta")
 _LONGEST_MATCH = 10.0  # seconds, for all patterns of an adapter
 # Controls; direction and the like; halves of surrogates; separators of lines and paragraphs.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -97,7 +98,7 @@ def refuse_layers(key: str, value: Any) -> None:
     Raises:
         ValueError: it does.
     """
-    if not _OF_LAYERS.search(key) or "size" in key:
+    if not _OF_LAYERS.search(key) or _OF_ONE_LAYER.search(key):
         return
     numbers = value if isinstance(value, list) else [value]
     if any(isinstance(one, int | float) and one > _MOST_LAYERS for one in numbers):

@@ -23,7 +23,6 @@ from merge_callback.recipe import (
     RECIPE,
     read_recipe,
     refuse_hostile_settings,
-    settings_of,
     write_recipe,
 )
 
@@ -519,8 +518,8 @@ def test_a_base_of_more_layers_than_can_be_made_does_not_load(tmp_path, key, val
 
 
 def test_sizes_of_layers_are_no_numbers_of_layers():
-    """Gemma 3n has a vocab_size_per_layer_input of 262144."""
-    refuse_hostile_settings(settings_of(transformers.Gemma3nConfig()))
+    refuse_hostile_settings({"vocab_size_per_layer_input": 262_144})  # of Gemma 3n
+    refuse_hostile_settings({"layer_rope_theta": [500_000.0, 0]})
     refuse_hostile_settings({"num_hidden_layers": 10_000, "layer_norm_eps": 1e-5, "n_layer": None})
 
 
