@@ -169,7 +169,7 @@ def _check_whole(name: str, model: Any, info: Mapping[str, Any], shapes: Shapes)
 
 def _is_bare(model: Any) -> bool:
     """Whether its class has no head, as those of AutoModel."""
-    found = MODEL_MAPPING.get(type(model.config), ())  # type: ignore[no-untyped-call]
+    found = MODEL_MAPPING.get(type(model.config), ())
     return type(model) in (found if isinstance(found, tuple) else (found,))
 
 

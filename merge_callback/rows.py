@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from merge_callback.batches import Batch
 from merge_callback.errors import MergeRefused
