@@ -19,12 +19,17 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from merge_callback.errors import MergeRefused
-from merge_callback.foreign import slow_pattern
-from merge_callback.recipe import Recipe, refuse_hostile_settings, settings_of
+from merge_callback.recipe import (
+    MOST_ROWS,
+    Recipe,
+    input_embeddings,
+    refuse_hostile_settings,
+    settings_of,
+)
 from merge_callback.verification.rebuilt import own_class, refuse_hostile
 
 logger = logging.getLogger(__name__)
@@ -40,9 +45,9 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_MOST_ROWS = 1 << 24  # of an embedding
 ROOT = "base_model.model."  # of PEFT's names
 WRAPPED = re.compile(r"\.(modules_to_save|original_module|token_adapter|base_layer)\b")
+_POOLER = re.compile(r"(^|\.)pooler\.")  # many checkpoints have none, and few trainings use it
 _HEAD = re.compile(r"(^|\.)(score|classifier)(\.out_proj)?\.weight$")
 # How 4 bits are taken to be made where nothing says it, and the option that says otherwise.
 _QLORA = {
@@ -123,12 +128,36 @@ def load_base(
     settings["device_map"] = loading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if getattr(config, "quantization_config", None) is None:  # else its own hold
         quantization = _quantization(loading, recipe)
-        _check_patterns(quantization, shapes)
         if quantization:
             settings["quantization_config"] = BitsAndBytesConfig(**quantization)  # type: ignore[no-untyped-call]
-    model, info = cls.from_pretrained(name, output_loading_info=True, **settings)
-    absent = [key for key in info["missing_keys"] if not any(key in plain_name(k) for k in shapes)]
-    if absent:
+    model, info = cls.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    _check_whole(name, model, info, shapes)
+    _resize(model, adapter, shapes, recipe, tokens)
+    return model
+
+
+def _check_whole(name: str, model: Any, info: Mapping[str, Any], shapes: Shapes) -> None:
+    """Whether the base or the adapter has each tensor of a model, in the size that it has there."""
+    held = [plain_name(key) for key in shapes]
+    resized = sorted(found for found in info["mismatched_keys"] if found[0] not in held)
+    if resized:
+        key, there, here = resized[0]
+        raise MergeRefused(
+            [
+                f"{key} and {len(resized) - 1} others have other sizes in the base {name}, "
+                f"{list(there)} and not {list(here)}, and are not in the adapter; what training "
+                "changed of the config is said with --config KEY=VALUE"
+            ]
+        )
+    absent = sorted(key for key in info["missing_keys"] if not any(key in one for one in held))
+    if absent and _is_bare(model) and all(map(_POOLER.search, absent)):
+        logger.warning(
+            "%s are neither in the base nor in the adapter: they are made anew, and say nothing",
+            ", ".join(absent),
+        )
+    elif absent:
         raise MergeRefused(
             [
                 f"{absent[0]} and {len(absent) - 1} others are neither in the base {name} nor in "
@@ -136,8 +165,12 @@ def load_base(
                 "name the class that was trained with --model-class"
             ]
         )
-    _resize(model, adapter, shapes, recipe, tokens)
-    return model
+
+
+def _is_bare(model: Any) -> bool:
+    """Whether its class has no head, as those of AutoModel."""
+    found = MODEL_MAPPING.get(type(model.config), ())
+    return type(model) in (found if isinstance(found, tuple) else (found,))
 
 
 def _class(adapter: PeftConfig, loading: Loading, recipe: Recipe | None) -> Any:
@@ -298,12 +331,12 @@ def _resize(
     tokens: int | None,
 ) -> None:
     """Give a base as many embeddings as were trained with."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(model)
     if not isinstance(embeddings, nn.Embedding):
         return
     had = embeddings.num_embeddings
     saved = _saved_rows(model, shapes)
-    rows = saved or _told_rows(recipe) or max(had, tokens or 0)
+    rows = saved or _told_rows(recipe, model.config, had) or max(had, tokens or 0)
     if rows == had:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -321,26 +354,39 @@ def _resize(
 
 
 def _saved_rows(model: Any, shapes: Shapes) -> int | None:
-    """How many embeddings an adapter has saved."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
-    found = (shape[0] for key, shape in shapes.items() if plain_name(key) in names)
-    return next(found, None)
+    """How many embeddings the model had whose input or output embeddings an adapter has saved."""
+    inputs, outputs = input_embeddings(model), model.get_output_embeddings()
+    # Some models have more rows of the one than of the other.
+    more = inputs.num_embeddings - getattr(outputs, "out_features", inputs.num_embeddings)
+    rows = {plain_name(key): shape[0] for key, shape in shapes.items() if shape}
+    found: list[int] = [
+        rows[f"{name}.weight"] + (0 if module is inputs else more)
+        for name, module in model.named_modules()
+        if module in (inputs, outputs) and f"{name}.weight" in rows
+    ]
+    return next(iter(found), None)
 
 
-def _told_rows(recipe: Recipe | None) -> int | None:
-    """How many embeddings a training has noted."""
+def _told_rows(recipe: Recipe | None, own: PretrainedConfig, had: int) -> int | None:
+    """How many embeddings a training has noted; None: nothing of them.
+
+    Earlier versions noted the vocabulary only, of which some models have fewer entries than rows.
+    """
     if recipe is None:
         return None
-    inner = recipe.config.get("text_config")
-    found = (inner if isinstance(inner, dict) else recipe.config).get("vocab_size")
-    return found if type(found) is int and 0 < found < _MOST_ROWS else None
+    if recipe.num_embeddings is not None:
+        return recipe.num_embeddings
+    noted, mine = _vocabulary(recipe.config), _vocabulary(settings_of(own))
+    if noted is None or mine is None:
+        return None
+    found = had + noted - mine
+    return found if 0 < found < MOST_ROWS else None
 
 
-def _check_patterns(quantization: Mapping[str, Any], shapes: Shapes) -> None:
-    skipped = quantization.get("llm_int8_skip_modules") or []
-    if slow := slow_pattern(skipped, map(plain_name, shapes)):
-        raise ValueError(f"its quantization has a pattern that takes for ever: {slow!r}")
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    inner = config.get("text_config")
+    found = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    return found if type(found) is int else None
 
 
 def _directory_of(name: str) -> Path:

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST = 1 << 28  # bytes of a JSON file
+_MOST_LAYERS = 10_000  # each of them a module
+_OF_LAYERS = re.compile("layer|depth|num_blocks")
+_OF_ONE_LAYER = re.compile("size|theta")
 _LONGEST_MATCH = 10.0  # seconds, for all patterns of an adapter
 # Controls; direction and the like; halves of surrogates; separators of lines and paragraphs.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -87,6 +90,19 @@ def pipes_in(place: str | os.PathLike[str]) -> list[str]:
     top = Path(place)
     found = sorted(path for depth in ("*", "*/*") for path in top.glob(depth) if is_one(path))
     return [path.relative_to(top).as_posix() for path in found]
+
+
+def refuse_layers(key: str, value: Any) -> None:
+    """Look at a value of a config: whether it asks for more layers than can be made.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not _OF_LAYERS.search(key) or _OF_ONE_LAYER.search(key):
+        return
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(one, int | float) and one > _MOST_LAYERS for one in numbers):
+        raise ValueError(f"its {key} is {value}")
 
 
 def slow_pattern(patterns: Iterable[str], names: Iterable[str]) -> str | None:

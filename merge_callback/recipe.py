@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.modeling_utils import unwrap_model
 from merge_callback.companions import RESTORED
 from merge_callback.engines import class_of
 from merge_callback.errors import MergeRefused
-from merge_callback.foreign import read_json
+from merge_callback.foreign import read_json, refuse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ RECIPE = "merge_callback.json"
 DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
 _SCHEMA = 1
-_MOST_LAYERS = 10_000
+MOST_ROWS = 1 << 24  # of an embedding
 # What another loading decides anew, or this file says elsewhere; and what trainers change.
 _NOT_SETTINGS = {
     "_name_or_path",
@@ -52,6 +53,7 @@ _SETTINGS: Mapping[str, tuple[type, ...]] = {
     "llm_int8_skip_modules": (list, type(None)),
     "llm_int8_has_fp16_weight": (bool,),
 }
+_MODULES = re.compile(r"[\w.-]+")  # transformers takes them as patterns: these match in no time
 _ALLOWED = {
     "bnb_4bit_quant_type": QUANT_TYPES,
     "bnb_4bit_compute_dtype": DTYPES,
@@ -69,6 +71,8 @@ class Recipe:
         dtype: that of its config; None: as its checkpoint has it.
         quantization: settings of BitsAndBytesConfig; empty: it was not quantised so.
         config: its config, without what another loading decides and what trainers change.
+        num_embeddings: rows of its input embeddings; None: it has none, or an earlier version wrote
+            the file.
     """
 
     model_class: str
@@ -76,6 +80,7 @@ class Recipe:
     dtype: str | None = None
     quantization: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    num_embeddings: int | None = None
 
 
 def keep_recipe(model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
@@ -105,6 +110,7 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         "dtype": dtype if dtype in DTYPES else None,
         "quantization": _quantization(base.config),
         "config": settings_of(base.config),
+        "num_embeddings": _rows_of(input_embeddings(base)),
     }
     part = directory / f".{RECIPE}.part"
     try:
@@ -112,6 +118,19 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         part.replace(directory / RECIPE)
     finally:
         part.unlink(missing_ok=True)
+
+
+def input_embeddings(model: Any) -> Any:
+    """None: it has none, as a model of speech or of pictures."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def _rows_of(embeddings: Any) -> int | None:
+    inner = getattr(embeddings, "get_base_layer", lambda: embeddings)()  # of an adapted one
+    return getattr(inner, "num_embeddings", None)
 
 
 def read_recipe(checkpoint: Path) -> Recipe | None:
@@ -146,8 +165,8 @@ def refuse_hostile_settings(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} cannot be set")
         if isinstance(value, dict):
             refuse_hostile_settings(value)
-        elif "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ValueError(f"its {key} is {value}")
+        else:
+            refuse_layers(key, value)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +200,10 @@ def _checked(found: Any) -> Recipe:
         raise ValueError(f"its dtype is none: {found['dtype']!r}")
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("its quantization or config is no JSON object")
-    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), parts[0], parts[1])
+    rows = found.get("num_embeddings")
+    if rows is not None and not (type(rows) is int and 0 < rows < MOST_ROWS):
+        raise ValueError(f"its num_embeddings is none: {rows!r}")
+    recipe = Recipe(str(names[0]), str(names[1]), found.get("dtype"), parts[0], parts[1], rows)
     _check_quantization(recipe.quantization)
     refuse_hostile_settings(recipe.config)
     return recipe
@@ -193,5 +215,11 @@ def _check_quantization(found: Mapping[str, Any]) -> None:
             raise ValueError(f"its quantization has a {key} that is none: {value!r}")
         if key in _ALLOWED and value not in _ALLOWED[key]:
             raise ValueError(f"its quantization has a {key} that is none: {value!r}")
-        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
-            raise ValueError(f"its quantization has a {key} that is none: {value!r}")
+        for name in value if isinstance(value, list) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"its quantization has a {key} that is none: {value!r}")
+            if not _MODULES.fullmatch(name):
+                raise ValueError(
+                    f"its quantization has a pattern in {key}, {name!r}; name the modules one by "
+                    "one, by the ends of their names"
+                )

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from merge_callback.batches import Batch
 from merge_callback.errors import MergeRefused
@@ -34,7 +36,6 @@ _FORMS = (
     "datasets has saved, or the id of a dataset on the Hub"
 )
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _JSON = re.compile(r"\.jsonl?(\.gz)?$")
 _ROLES = {"human": "user", "gpt": "assistant"}
 _BOM = b"\xef\xbb\xbf"
@@ -102,15 +103,34 @@ def _batch(
 
 def _rows(path: str, open_files: ExitStack) -> _Rows:
     place = Path(path)
-    if place.is_dir() or (not place.exists() and _HUB_ID.fullmatch(path) and not _known(path)):
+    if place.is_dir():
         return _of_datasets(path, open_files)
+    if not place.exists() and _may_be_id(path):
+        return _of_hub(path, open_files)
     if place.suffix in _BUILDERS:
         return _of_datasets(path, open_files, _BUILDERS[place.suffix])
     return _of_json(_seekable(place, open_files))
 
 
-def _known(path: str) -> bool:
-    return Path(path).suffix in _BUILDERS or _JSON.search(path) is not None
+def _may_be_id(path: str) -> bool:
+    if path.count("/") != 1 or Path(path).suffix in _BUILDERS or _JSON.search(path):
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _of_hub(path: str, open_files: ExitStack) -> _Rows:
+    try:
+        return _of_datasets(path, open_files)
+    except MergeRefused:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"no such file or directory, and as the id of a dataset on the Hub: {error}"
+        ) from error
 
 
 def _seekable(place: Path, open_files: ExitStack) -> IO[bytes]:

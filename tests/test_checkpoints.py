@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
+import transformers
 from models import adapt, load_base, logits, same, save_base, tokenizer
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_callback import sft
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -18,7 +19,12 @@ from merge_callback.bases import Loading
 from merge_callback.checkpoints import load_adapter
 from merge_callback.cli import main
 from merge_callback.live import keep_cpu_weights_unpacked
-from merge_callback.recipe import RECIPE, read_recipe, write_recipe
+from merge_callback.recipe import (
+    RECIPE,
+    read_recipe,
+    refuse_hostile_settings,
+    write_recipe,
+)
 
 
 def saved(model, path, *, noted=True):
@@ -166,6 +172,105 @@ def test_embeddings_that_nobody_has_saved_are_named(tmp_path, caplog):
     assert "2 tokens" in caplog.text and "1 of these embeddings are not saved" in caplog.text
 
 
+def mllama():
+    """It has 8 rows more than its vocabulary, for pictures."""
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 64,
+        "vision_output_dim": 64,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0],
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    }
+    config = transformers.MllamaConfig(
+        text_config=text, vision_config=vision, image_token_index=100
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def without_rows(checkpoint):
+    """As earlier versions wrote it."""
+    path = checkpoint / RECIPE
+    found = json.loads(path.read_text())
+    del found["num_embeddings"]
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("noted", ["rows", "vocabulary"])
+def test_rows_beyond_the_vocabulary_stay(tmp_path, noted, settings):
+    mllama().save_pretrained(tmp_path / "base")
+    base = transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    live = adapt(base, task_type=None, target_modules=r".*language_model.*\.q_proj", **settings)
+    checkpoint = saved(live, tmp_path / "adapter")
+    assert read_recipe(checkpoint).num_embeddings == 108
+    if noted == "vocabulary":
+        without_rows(checkpoint)
+    found = load_adapter(checkpoint)
+    assert torch.equal(embeddings(found.get_base_model()), embeddings(live.get_base_model()))
+    assert found.config.text_config.vocab_size == 100
+
+
+def test_a_vocabulary_that_was_noted_without_rows_is_resized_to(tmp_path):
+    base = load_base(save_base(tmp_path / "base"), "bfloat16")
+    base.resize_token_embeddings(306, mean_resizing=False)
+    adapt(base).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    write_recipe(base, tmp_path / "adapter")
+    without_rows(tmp_path / "adapter")
+    found = load_adapter(tmp_path / "adapter").get_base_model()
+    assert found.config.vocab_size == embeddings(found).shape[0] == 306
+
+
+def test_rows_of_adapted_embeddings_are_noted(tmp_path):
+    base = load_base(save_base(tmp_path / "base", tied=False), "bfloat16")
+    base.resize_token_embeddings(306, mean_resizing=False)
+    live = adapt(base, target_modules=["embed_tokens", "q_proj"])
+    (tmp_path / "adapter").mkdir()
+    write_recipe(live, tmp_path / "adapter")
+    assert read_recipe(tmp_path / "adapter").num_embeddings == 306
+
+
+def test_an_adapter_of_a_model_without_embeddings_loads(tmp_path):
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "base")
+    base = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "base")
+    live = adapt(base, task_type=None, target_modules=["q_proj", "v_proj"])
+    checkpoint = saved(live, tmp_path / "adapter")
+    assert read_recipe(checkpoint).num_embeddings is None
+    found = load_adapter(checkpoint).eval()
+    sound = torch.randn(1, 400)
+    with torch.no_grad():
+        assert torch.equal(found(sound).logits, live(sound).logits)
+
+
 # Its head
 
 
@@ -215,6 +320,78 @@ def test_a_head_that_nobody_has_saved_is_not_made_up(tmp_path):
         load_adapter(tmp_path / "adapter")
 
 
+def vit(path, saved_parts):
+    """A model of 7 labels on a base of 5."""
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=16,
+        num_labels=5,
+    )
+    kind = transformers.ViTForImageClassification
+    kind(config).save_pretrained(path)
+    base = kind.from_pretrained(path, num_labels=7, ignore_mismatched_sizes=True)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": saved_parts}
+    return adapt(base, task_type=None, **settings)
+
+
+def test_a_head_of_another_size_than_the_base_has_is_the_adapters(tmp_path):
+    live = vit(tmp_path / "base", ["classifier"])
+    found = load_adapter(saved(live, tmp_path / "adapter"))
+    picture = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        logits = [model(pixel_values=picture).logits for model in (live, found.eval())]
+    assert logits[0].shape == (1, 7) and torch.equal(*logits)
+
+
+def test_a_head_of_another_size_that_nobody_has_saved_is_not_made_up(tmp_path):
+    live = vit(tmp_path / "base", None)
+    with pytest.raises(MergeRefused) as caught:
+        load_adapter(saved(live, tmp_path / "adapter"))
+    assert caught.value.problems[0] == (
+        f"classifier.bias and 1 others have other sizes in the base {tmp_path / 'base'}, [5] and "
+        "not [7], and are not in the adapter; what training changed of the config is said with "
+        "--config KEY=VALUE"
+    )
+
+
+def roberta(path):
+    config = transformers.RobertaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(path)
+    return path
+
+
+def test_a_pooler_that_no_checkpoint_has_is_named(tmp_path, caplog):
+    base = transformers.AutoModel.from_pretrained(roberta(tmp_path / "base"))
+    settings = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
+    live = adapt(base, **settings)
+    found = load_adapter(saved(live, tmp_path / "adapter")).eval()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        hidden = [model(input_ids=ids).last_hidden_state for model in (live, found)]
+    assert torch.equal(*hidden)
+    assert "pooler.dense.bias, pooler.dense.weight are neither in the base nor" in caplog.text
+
+
+def test_layers_that_no_checkpoint_has_are_not_made_up(tmp_path):
+    base = transformers.AutoModel.from_pretrained(roberta(tmp_path / "base"))
+    live = adapt(base, task_type="FEATURE_EXTRACTION", target_modules=["query"])
+    weights = load_file(tmp_path / "base/model.safetensors")
+    left = {key: value for key, value in weights.items() if ".layer.1." not in key}
+    save_file(left, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeRefused, match=r"encoder\.layer\.1\..* are neither in the base"):
+        load_adapter(saved(live, tmp_path / "adapter"))
+
+
 def test_an_adapter_without_a_task_says_its_class_or_is_guessed(tmp_path, caplog):
     live = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"), task_type=None)
     checkpoint = saved(live, tmp_path / "adapter", noted=False)
@@ -261,6 +438,7 @@ HOSTILE = {
     "": [None, [], "a", 5, {}, {"schema": 2}],
     "model_class": [None, 5, ["a"]],
     "dtype": [5, "int8", "__class__"],
+    "num_embeddings": ["5", 0, -1, 1.0, True, 10**9],
     "quantization": [
         5,
         None,
@@ -274,6 +452,11 @@ HOSTILE = {
         5,
         None,
         {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 1e9},
+        {"n_layer": 10**9},
+        {"vision_config": {"depth": 10**9}},
+        {"depths": [2, 10**9]},
+        {"num_blocks": 10_001},
         {"quantization_config": {}},
         {"text_config": {"attn_implementation": "a/b"}},
         {"auto_map": {"AutoConfig": "code.C"}},
@@ -292,15 +475,52 @@ def test_a_note_of_others_is_checked(tmp_path, capsys, field, value):
     assert f"{RECIPE} cannot be read: " in capsys.readouterr().err
 
 
-def test_a_note_with_a_pattern_that_takes_for_ever_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("merge_callback.foreign._LONGEST_MATCH", 1.0)
+@pytest.mark.parametrize("pattern", [r"([\w.]+)+!", "(a|a)*", "lm_head\n", "a*", ""])
+def test_a_note_with_a_pattern_is_refused_untried(tmp_path, capsys, pattern):
+    """The names that it would be tried on may be the author's, too."""
     live = adapt(load_base(save_base(tmp_path / "base"), "nf4"))
     path = saved(live, tmp_path / "adapter") / RECIPE
+    save_file({"base_model.model.a": torch.ones(1)}, tmp_path / "adapter/adapter_model.safetensors")
     found = json.loads(path.read_text())
-    found["quantization"]["llm_int8_skip_modules"] = [r"([\w.]+)+!"]
+    found["quantization"]["llm_int8_skip_modules"] = ["lm_head", pattern]
     path.write_text(json.dumps(found))
     assert main(["merge", str(tmp_path / "adapter")]) == 1
-    assert "has a pattern that takes for ever" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has a pattern in llm_int8_skip_modules" in told and "one by one" in told
+
+
+def test_modules_that_training_did_not_quantise_are_left_so(tmp_path):
+    save_base(tmp_path / "base", tied=False)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=["lm_head", "layers.0.mlp", "k_proj"]
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    found = loaded(saved(adapt(base), tmp_path / "adapter")).get_base_model()
+    ours, theirs = (
+        {name: parameter.dtype for name, parameter in model.named_parameters()}
+        for model in (found, base)
+    )
+    assert ours == theirs
+    assert ours["model.layers.1.self_attn.k_proj.base_layer.weight"] != torch.uint8
+    assert ours["model.layers.1.self_attn.q_proj.base_layer.weight"] == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layer", 10**9), ("depth", 1e9), ("depths", [10**9])]
+)
+def test_a_base_of_more_layers_than_can_be_made_does_not_load(tmp_path, key, value):
+    live = adapt(load_base(save_base(tmp_path / "base"), "bfloat16"))
+    checkpoint = saved(live, tmp_path / "adapter")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(MergeRefused, match=f"its {key} is "):
+        load_adapter(checkpoint)
+
+
+def test_sizes_of_layers_are_no_numbers_of_layers():
+    refuse_hostile_settings({"vocab_size_per_layer_input": 262_144})  # of Gemma 3n
+    refuse_hostile_settings({"layer_rope_theta": [500_000.0, 0]})
+    refuse_hostile_settings({"num_hidden_layers": 10_000, "layer_norm_eps": 1e-5, "n_layer": None})
 
 
 # What the adapter took off it

@@ -151,6 +151,27 @@ def test_what_is_no_data_is_said_with_what_may_be(tmp_path):
     assert "cannot be read: " in says(tmp_path / "none")
 
 
+def test_a_path_that_is_mistyped_is_said_not_to_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def nowhere(path):
+        asked.append(path)
+        raise ConnectionError("the Hub is not reached")
+
+    monkeypatch.setattr(datasets, "load_dataset", nowhere)
+    told = says("data/train")
+    assert told.startswith(
+        "data/train cannot be read: no such file or directory, and as the id of a dataset on the "
+        "Hub: the Hub is not reached; give JSON Lines"
+    )
+    assert asked == ["data/train"]
+    for no_id in ("data/a--b", "data/a..b", "data/-a", "data/a.", "../data", "data/" + "a" * 97):
+        told = says(no_id)
+        assert told.startswith(f"{no_id} cannot be read: [Errno 2] No such file or directory")
+    assert asked == ["data/train"]
+
+
 def test_a_split_that_is_not_for_training_is_not_taken_for_one(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(a=data, b=data).save_to_disk(tmp_path / "saved")

@@ -36,7 +36,7 @@ from merge_callback.companions import merged_config
 from merge_callback.conversions import CheckpointNames
 from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion
-from merge_callback.foreign import pipes_in, read_json, slow_pattern, texts
+from merge_callback.foreign import pipes_in, read_json, refuse_layers, slow_pattern, texts
 from merge_callback.live import keep_cpu_weights_unpacked, read_weights
 from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # transformers lets them be
 _MOST_COPIED = 1 << 30  # bytes, about a second
-_MOST_LAYERS = 10_000  # each of them a module
 _SPARE = 1.25  # times its weights: free memory that a model needs to be moved to a device whole
 
 
@@ -297,8 +296,8 @@ def _refuse_hostile_config(config: dict[str, Any], trust_remote_code: bool) -> N
             _refuse_hostile_config(value, trust_remote_code)
         elif "implementation" in key and "/" in str(value) and not trust_remote_code:
             raise ValueError(f"its {key} is code from the Hub, {value!r}")
-        elif "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
-            raise ValueError(f"its {key} is {value}")
+        else:
+            refuse_layers(key, value)
 
 
 def _tensors(file: Path) -> list[str]:
