@@ -264,6 +264,8 @@ def merged_config(plan: Plan, method: str, restored: Mapping[str, Any]) -> Pretr
             del config.quantization_config
     elif plan.base_is_4bit:
         config.quantization_config.bnb_4bit_quant_storage = torch.uint8  # what is written
+        if plan.ties_broken:  # loaders skip what is tied, which nothing is any more
+            config.quantization_config.llm_int8_skip_modules = plan.unquantised_linears(method)
     else:
         config.dtype = plan.dtype
         config.quantization_config = _quantization_config(plan, method)

@@ -5,16 +5,11 @@ Knows PEFT's wrappers and bitsandbytes' parameters; knows nothing of outputs or 
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftMixedModel, PeftModel
@@ -35,9 +30,6 @@ from merge_callback.engines import can_be_here, keeps_parts
 from merge_callback.errors import MergeRefused
 from merge_callback.sharding import is_sharded, unit_of, whole
 
-# Not its dtype or device alone, nor rows of it.
-_READ = re.compile(r"self\.(\w+)\.weight(?!\w|\.(?:dtype|device|shape|size|data)\b|\[|, torch\.)")
-_CAST_TO = re.compile(r"\.to\((?:dtype=)?self\.(\w+)\.weight\.dtype\)")
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "token_adapter")
 
 
@@ -325,50 +317,3 @@ def _join(path: str, name: str) -> str:
 def any_4bit(weights: Iterable[Weight]) -> bool:
     """Whether the base is a bitsandbytes 4-bit one."""
     return any(isinstance(weight.stored, Bnb4Weight) for weight in weights)
-
-
-def used_outside_their_layers(model: nn.Module) -> set[str]:
-    """Weights that code of the model reads itself, as `self.router.weight`, or casts inputs to.
-
-    Packed into 4 bits they have another shape and dtype there. The source is read, since only some
-    inputs may take that way.
-    """
-    return {
-        f"{name}.{child}.weight" if name else f"{child}.weight"
-        for name, module in model.named_modules()
-        for child in _read_by(cast(Any, type(module)))
-        if isinstance(getattr(module, child, None), nn.Module)
-    }
-
-
-@functools.cache
-def _read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """Members whose weights its methods read."""
-    found: set[str] = set()
-    for owner in kind.__mro__:
-        if owner.__module__.startswith(("torch.", "peft.")) or owner is object:
-            continue
-        for name, method in vars(owner).items():
-            if inspect.isfunction(method) and "init" not in name and _names_weights(method):
-                text = _source_at_inference(method)
-                found |= {*_READ.findall(text), *_CAST_TO.findall(text)}
-    return frozenset(found)
-
-
-def _names_weights(method: Any) -> bool:
-    return "weight" in inspect.unwrap(method).__code__.co_names
-
-
-def _source_at_inference(method: Callable[..., Any]) -> str:
-    """Without comments, and without what only runs in training, as fused kernels do."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, TypeError, SyntaxError):  # made by code
-        return ""
-    return ast.unparse(_Inference().visit(tree))
-
-
-class _Inference(ast.NodeTransformer):
-    def visit_If(self, node: ast.If) -> Any:
-        self.generic_visit(node)
-        return node.orelse or ast.Pass() if "self.training" in ast.unparse(node.test) else node

@@ -35,13 +35,18 @@ from merge_callback.live import (
     base_model,
     is_sharded_model,
     read_weights,
-    used_outside_their_layers,
 )
+from merge_callback.model_code import used_outside_their_layers
 from merge_callback.options import MergeOptions
 from merge_callback.originals import Unloaded, find_originals, find_unloaded
 from merge_callback.plan import Group, Plan
 from merge_callback.processes import ALONE, Processes
-from merge_callback.refusals import adapter_problems, sharding_problems, weight_problems
+from merge_callback.refusals import (
+    adapter_problems,
+    code_problems,
+    sharding_problems,
+    weight_problems,
+)
 from merge_callback.rounding.grid import Grid
 from merge_callback.sharding import storage
 from merge_callback.shards import DTYPE_NAMES
@@ -79,6 +84,7 @@ def _make_plan(
     weights = read_weights(base)
     problems = [*adapter_problems(peft_model, base, weights), *weight_problems(weights.values())]
     methods = options.methods(base_is_4bit=any_4bit(weights.values()))
+    problems += [*code_problems(base, weights)]
     problems += _method_problems(methods, options, weights.values())
     if problems:
         raise MergeRefused(problems)

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from merge_callback.adapters import kinds
 from merge_callback.codecs import Stored
+from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.plain import PlainWeight
 from merge_callback.live import Weight, active_adapters, decoder
+from merge_callback.model_code import cast_to
 from merge_callback.sharding import is_sharded
 
 # Tuners whose layers change what flows through the model, not what its weights are.
@@ -125,6 +127,20 @@ def weight_problems(weights: Iterable[Weight]) -> Iterator[str]:
     for problem, keys in having.items():
         others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
         yield f"{keys[0]}{others}: {problem}"
+
+
+def code_problems(base: nn.Module, weights: Mapping[str, Weight]) -> Iterator[str]:
+    """4-bit weights to whose uint8 the model's own code casts activations."""
+    packed = [
+        k for k in cast_to(base) if k in weights and isinstance(weights[k].stored, Bnb4Weight)
+    ]
+    if packed:
+        names = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in packed})
+        yield (
+            f"{min(packed)} and {len(packed) - 1} others: the model casts activations to the dtype "
+            "of this weight, which is uint8 in 4 bits, so its outputs are not those of any model "
+            f"that could be merged; load the base with llm_int8_skip_modules={names}"
+        )
 
 
 def _own_problems(weight: Weight) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from models import adapt, load_base, qlora, same, save_base, snapshot
+from pairs import rows
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 from shrink import save_small
@@ -14,6 +15,8 @@ from test_architectures import MODELS, made
 from test_calibration import batches
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     LlamaForCausalLM,
     TorchAoConfig,
     WhisperForConditionalGeneration,
@@ -21,7 +24,7 @@ from transformers import (
 
 from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
 from merge_callback.export import check_merge
-from merge_callback.live import used_outside_their_layers
+from merge_callback.model_code import used_outside_their_layers
 from merge_callback.planning import make_plan
 from merge_callback.shards import DTYPE_NAMES
 from merge_callback.verification.tensors import Deviation, deviations
@@ -444,3 +447,35 @@ def test_infinite_values_that_nothing_changes_are_written_as_they_are(tmp_path, 
     written = load_file(result.path / "model.safetensors")
     assert torch.equal(written["model.norm.weight"], base.model.norm.weight.to(torch.bfloat16))
     assert result.manifest["verification"]["problems"] == []
+
+
+def four_bits(name, path, **settings):
+    """A small model of images and text on an NF4 base, adapted."""
+    save_small("image-text", name, path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **settings)
+    base = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=config
+    )
+    return adapt(base, target_modules="all-linear", task_type=None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_casts_activations_to_uint8_is_refused_with_the_skip_list(tmp_path):
+    """Pix2Struct, as T5 without its float32 list: in 4 bits its outputs are noise."""
+    with pytest.raises(MergeRefused, match=r"llm_int8_skip_modules=\['wo'\]"):
+        check_merge(four_bits("pix2struct", tmp_path / "a"), MergeStore(tmp_path), MergeOptions())
+    model = four_bits("pix2struct", tmp_path / "b", llm_int8_skip_modules=["wo", "lm_head"])
+    check_merge(model, MergeStore(tmp_path), MergeOptions())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_loaders_skip_for_its_tie_is_named_once_the_tie_breaks(tmp_path):
+    """BLIP's decoder has no name of its own in the default list of what is not quantised."""
+    model = four_bits("blip", tmp_path / "base")
+    result = merge_adapter(
+        model, tmp_path / "out", save_method="merged_4bit", verification_data=rows("blip", 1, 9),
+        rounding="stochastic", progress=False,
+    )  # fmt: skip
+    assert result.manifest["verification"]["checks"]["merged_4bit: outputs"] == "passed"
+    config = json.loads((result.path / "config.json").read_text())["quantization_config"]
+    assert "text_decoder.cls.predictions.decoder" in config["llm_int8_skip_modules"]

@@ -17,7 +17,7 @@ from transformers import (
     OPTConfig,
 )
 
-from merge_callback import MergeError, MergeRefused, merge_adapter
+from merge_callback import MergeRefused, merge_adapter
 from merge_callback.batches import model_inputs
 from merge_callback.calibration import choice
 from merge_callback.export import check_merge
@@ -60,14 +60,18 @@ def test_a_block_that_cannot_be_run_alone_is_left_out_with_its_reason(tmp_path, 
             assert torch.equal(one[key], other[key]) is same_codes, key
 
 
-def test_where_no_block_can_be_run_alone_rounding_asked_for_by_name_fails(tmp_path):
+@pytest.mark.parametrize("rounding", ["tuned", "auto"])
+def test_where_no_block_can_be_run_alone_nothing_is_lost(tmp_path, rounding, caplog):
+    """A training that has ended is worth a version without data, which says so."""
     model = qlora(tmp_path, tied=False, scale=0.01)
     for layer in model.get_base_model().model.layers:
         made_to_differ(layer)
-    with pytest.raises(MergeError, match=r"none of 14 layers can be calibrated \(model\.layers\.0"):
-        merge_adapter(model, tmp_path / "out", rounding="tuned", calibration_data=batches())
-    result = merge_adapter(model, tmp_path / "out", calibration_data=batches(), verify=False)
+    result = merge_adapter(
+        model, tmp_path / "out", rounding=rounding, calibration_data=batches(), verify=False
+    )
     assert result.manifest["rounding"] == "stochastic"
+    assert len(result.manifest["calibration"]["left_out"]) == 14
+    assert "none of 14 layers can be calibrated (model.layers.0" in caplog.text
 
 
 def test_what_is_changed_in_place_is_calibrated_as_it_was(tmp_path):

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.matrix
 
 SAMPLE = {  # of all kinds: tied, fused, converted, of experts, state spaces, encoders and images
     "causal": """llama qwen3 gemma2 gpt2 gpt_neox bloom phi3 deepseek_v3 mixtral gpt_oss
-        bamba mamba2 zamba2 falcon_h1 qwen3_next bart xglm""",
-    "image-text": """llava qwen2_vl gemma3 mllama idefics3 florence2 kosmos-2 got_ocr2""",
+        granitemoehybrid mamba2 zamba2 jamba qwen3_next bart xglm""",
+    "image-text": """llava qwen2_vl gemma3 mllama idefics3 florence2 blip-2 got_ocr2""",
 }
 TITLES = dict(zip(SAMPLE, tables.PAIRS, strict=True))
 PAIRS = [

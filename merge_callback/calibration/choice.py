@@ -14,7 +14,7 @@ import torch
 
 from merge_callback.batches import Batch, hold_out, input_device, take
 from merge_callback.calibration.distillation import distil
-from merge_callback.calibration.sequential import calibrate, unfit
+from merge_callback.calibration.sequential import NothingCalibrated, calibrate, unfit
 from merge_callback.errors import MergeError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
@@ -89,7 +89,8 @@ def choose(
             with generators_kept(), evaluating(plan.model), without_cache(plan.model):
                 return _with_data(plan, options, method, batches or (), processes)
     except Exception as error:
-        if options.rounding != "auto":
+        left_out = error.left_out if isinstance(error, NothingCalibrated) else None
+        if options.rounding != "auto" and left_out is None:
             raise
         logger.warning(
             "rounding with data failed (%s): merging with rounding=%r, which keeps less of what "
@@ -97,7 +98,7 @@ def choose(
             error,
             without_data,
         )
-    return Choice(without_data)
+    return Choice(without_data, report=left_out and {"left_out": left_out})
 
 
 def rounding_problems(plan: Plan, options: MergeOptions) -> Iterator[str]:

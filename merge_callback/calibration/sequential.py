@@ -94,8 +94,8 @@ def calibrate(
             the leader's and counts once.
 
     Raises:
-        MergeError: the live model does not run on these data, gives values that are not finite, or
-            none of its layers can be calibrated.
+        MergeError: the live model does not run on these data, or gives values that are not finite.
+        NothingCalibrated: none of its layers can be calibrated.
     """
     tokens = torch.tensor(sum(map(tokens_in, batches[0 if processes.leads else 1 :])))
     processes.add_up(tokens)
@@ -114,9 +114,17 @@ def calibrate(
             walk.through(block, {n: weights[full] for n, full in block.linears.items()})
     done.error = walk.error
     if weights and not done.rounded and OUT_OF_TIME not in done.left_out.values():
-        name, why = next(iter(done.left_out.items()))
-        raise MergeError(f"none of {len(weights)} layers can be calibrated ({name}: {why})")
+        raise NothingCalibrated(done.left_out)
     return done
+
+
+class NothingCalibrated(MergeError):
+    """No layer of a model can be calibrated; why, by layer."""
+
+    def __init__(self, left_out: dict[str, str]):
+        self.left_out = left_out
+        name, why = next(iter(left_out.items()))
+        super().__init__(f"none of {len(left_out)} layers can be calibrated ({name}: {why})")
 
 
 def unfit(plan: Plan) -> dict[str, str]:

@@ -78,7 +78,7 @@ def _noise_misses(
 def keeps_little(found: Mapping[str, Any]) -> bool:
     """Whether figures, as a manifest has them, show that most of what training gained is lost.
 
-    What training gained, and what was lost, must both stand out from noise.
+    What training gained must stand out from noise.
     """
     gain, error = found.get("gain_kept"), found.get("gain_error") or 0.0
     if gain is None or gain + _ERRORS * error >= _LITTLE:

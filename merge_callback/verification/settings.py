@@ -126,6 +126,8 @@ def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> di
     if plan.base_is_4bit:
         settings = dict(live or {})
         settings["bnb_4bit_quant_storage"] = "uint8"
+        if plan.ties_broken:
+            settings["llm_int8_skip_modules"] = plan.unquantised_linears(method)
         return settings
     grid = next(c.grid for c in plan.containers[method].values() if isinstance(c, Bnb4))
     return {
