@@ -27,23 +27,29 @@ _LARGEST = 1 << 28  # bytes of a file that is carried along
 _LIMITS = ("padding_side", "truncation_side", "model_max_length")
 
 
-def base_directory(config: PretrainedConfig) -> Path | None:
-    """Where the base lies; None: it is not at hand."""
+def base_file(config: PretrainedConfig, name: str) -> Path | None:
+    """Where a file of the base lies; None: it is not at hand."""
     source = getattr(config, "_name_or_path", None)
     if not source:
         return None
     try:
         found = cached_file(
             source,
-            "config.json",
+            name,
             revision=getattr(config, "_commit_hash", None),
             local_files_only=True,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, ValueError):  # no name that a base could have
+    except (OSError, ValueError):  # a directory that is gone, or no name that a base could have
         return None
-    return None if found is None else Path(found).parent.resolve()
+    return None if found is None else Path(found)
+
+
+def base_directory(config: PretrainedConfig) -> Path | None:
+    """Where the base lies, absolute; None: it is not at hand."""
+    found = base_file(config, "config.json")
+    return None if found is None else found.parent.resolve()
 
 
 def is_of_the_base(path: Path, place: Path) -> bool:

@@ -17,8 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils.hub import cached_file
 
+from merge_callback.base_files import base_file
 from merge_callback.engines import class_of
 from merge_callback.foreign import plain
 from merge_callback.report import figures_table, inline
@@ -159,19 +159,9 @@ def _is_an_id(name: str) -> bool:
 
 def _licence(model: PreTrainedModel) -> dict[str, str]:
     """That of the base, with its name and link, where its card is at hand."""
-    source = getattr(model.config, "_name_or_path", "") or ""
-    if not source:
-        return {}
+    found = base_file(model.config, "README.md")
     try:
-        found = cached_file(
-            source,
-            "README.md",
-            revision=getattr(model.config, "_commit_hash", None),
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        data = _header(Path(found)) if found else {}
+        data = _header(found) if found else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # not ours to mend
         return {}
     keys = ("license", "license_name", "license_link")

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
-from merge_callback.base_files import is_of_the_base
+from merge_callback.base_files import base_file, is_of_the_base
 from merge_callback.codecs import TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
@@ -88,7 +88,7 @@ def find_originals(
     Raises:
         MergeRefused: the checkpoint, or a tensor in it, is not there.
     """
-    files = _files(_locator(model))
+    files = _files(model)
     if not files:
         source = getattr(model.config, "_name_or_path", "") or "the base"
         raise MergeRefused([f"base='original': the checkpoint of {source} is not here; {_CURE}"])
@@ -142,12 +142,11 @@ def find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]
 
 
 def _find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]:
-    locate = _locator(model)
-    path = locate(CONFIG_NAME)
+    path = base_file(model.config, CONFIG_NAME)
     config = None if path is None else json.loads(path.read_text())
     if path is None or config is None or not _is_of(model, config):
         return []
-    files, known = _files(locate), CheckpointNames(model).loaded(keys)
+    files, known = _files(model), CheckpointNames(model).loaded(keys)
     names = [name for name in files if not known(name) and not _OLD_BUFFERS.search(name)]
     if strange := sorted(
         {files[n].name for n in names if not is_of_the_base(files[n], path.parent)}
@@ -175,30 +174,9 @@ def _is_of(model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _locator(model: PreTrainedModel) -> Callable[[str], Path | None]:
-    """Where a file of the base lies: in its directory, or in the hub's cache."""
-    source = getattr(model.config, "_name_or_path", "")
-    revision = getattr(model.config, "_commit_hash", None)
-
-    def locate(file: str) -> Path | None:
-        try:
-            found = source and cached_file(
-                source,
-                file,
-                revision=revision,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        except OSError:  # a directory that is gone
-            return None
-        return Path(found) if found else None
-
-    return locate
-
-
-def _files(locate: Callable[[str], Path | None]) -> dict[str, Path]:
+def _files(model: PreTrainedModel) -> dict[str, Path]:
     """Tensor of the checkpoint -> its file; empty where it is not at hand."""
+    locate = partial(base_file, model.config)
     single = locate(SAFE_WEIGHTS_NAME)  # transformers takes it before an index
     if single is not None:
         with safe_open(single, "pt") as checkpoint:
