@@ -11,6 +11,9 @@ from test_calibration import batches
 from test_callback import sft, trainer
 from transformers import (
     AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -23,6 +26,7 @@ from merge_callback import MergeError, MergeOnSaveCallback, merge_adapter
 from merge_callback.base_files import is_of_the_base
 from merge_callback.cli import main
 from merge_callback.data import Data
+from merge_callback.verification.outputs import Speaker
 
 QUICK = {"rounding": "nearest", "verify": False}
 
@@ -223,10 +227,12 @@ def test_a_trainer_leaves_nothing_around_the_text_config(tmp_path):
         LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"),
         target_modules=r".*language_model.*q_proj", task_type=None,
     )  # fmt: skip
+    model.config.text_config.use_cache = False  # as training scripts do
     callback = MergeOnSaveCallback()
     run = trainer(tmp_path, callback, model=model)
     assert run.model.config.use_cache is False
     run.train()
+    assert run.model.config.use_cache is run.model.config.text_config.use_cache is True
     written = config_of(callback.results[0])
     assert written.get("use_cache", True) is written["text_config"]["use_cache"] is True
 
@@ -314,6 +320,22 @@ def test_question_answering_is_compared(tmp_path):
     assert found["rows"] == 3 * 2 * 3  # ends of answers; one of each batch lies beyond the text
     assert found["kl"] is not None and found["loss_live"] > 1.0
     assert result.manifest["verification"]["checks"]["merged_16bit: outputs"] == "passed"
+
+
+def test_a_loss_is_no_output(tmp_path):
+    """CLIP gives its loss first, where it is asked for one, and has no field of logits."""
+    vision = CLIPVisionConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    text = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()
+    batch = {
+        "input_ids": torch.arange(8).view(2, 4),
+        "pixel_values": torch.zeros(2, 3, 32, 32),
+        "return_loss": True,
+    }
+    outputs, are_logits = Speaker(model, torch.device("cpu")).outputs(batch)
+    assert outputs.shape == (2, 2) and not are_logits
 
 
 def test_no_gain_is_told_where_training_does_not_lower_this_loss():
