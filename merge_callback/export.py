@@ -148,12 +148,13 @@ def check_merge(
     plan: Plan | None = None
     needed = 0
     try:
-        plan = make_plan(model, options, processes)
-        needed = plan.nbytes * saves
-        problems += generation_problems(plan)
-        problems += rounding_problems(plan, options)
-        if options.verify is True and plan.containers and processes.leads:
-            problems += loading_problems(plan)
+        with exact_maths(()):
+            plan = make_plan(model, options, processes)
+            needed = plan.nbytes * saves
+            problems += generation_problems(plan)
+            problems += rounding_problems(plan, options)
+            if options.verify is True and plan.containers and processes.leads:
+                problems += loading_problems(plan)
     except MergeRefused as error:
         problems += error.problems
     except Exception as error:

@@ -427,6 +427,7 @@ def in_child(task, name, kind, place, seconds=SECONDS):
 def _serve(sender, *pair):
     try:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        torch.set_num_threads(1)  # in a fork the first thread to ask replaces PyTorch's pool; alone
         log = os.open(Path(pair[-1]) / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -227,7 +227,7 @@ def _(patch, model):
 
     def reverse(rows, *args):
         for row, rounded in zip(rows, whole(rows, *args), strict=True):
-            packed = rounded.packed.view(len(row.wanted), -1).flip(1).reshape(-1, 1)
+            packed = rounded.packed.view(len(row.weight), -1).flip(1).reshape(-1, 1)
             yield rounded._replace(packed=packed)
 
     patch.setattr(sequential, "calibrated", reverse)

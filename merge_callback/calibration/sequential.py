@@ -43,13 +43,6 @@ _CORRECTION_DAMPING_OF_FEW = 0.3  # times the inputs to a token
 OUT_OF_TIME = "time was up"
 _NO_TOKENS = "no tokens reached them"
 _NO_PRODUCT = "their forward is more than a product with the weight"
-
-
-def _reason(error: Exception) -> str:
-    told = str(error) if isinstance(error, Unrunnable) else f"{type(error).__name__}: {error}"
-    return f"their block cannot be run alone ({told})"
-
-
 # Of the weight's own size. A larger one comes of inputs that tell next to nothing of the error.
 _LARGEST_CORRECTION = 0.5
 
@@ -174,7 +167,7 @@ class _Walk:
         except Exception as error:
             if self._processes.count > 1 or isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise
-            reason = _reason(error)
+            reason = f"rounding their block failed ({_told(error)})"
         if reason is not None:
             self._live, self._merged = [], []
         for name, full in block.linears.items():
@@ -194,7 +187,8 @@ class _Walk:
             raise
         except Exception as error:
             failed = error
-        reason = self._processes.from_leader(None if failed is None else _reason(failed))
+        reason = None if failed is None else f"their block cannot be run alone ({_told(failed)})"
+        reason = self._processes.from_leader(reason)
         if failed is not None and reason is None:
             raise failed
         return groups, reason
@@ -280,6 +274,10 @@ class _Walk:
         stored = grid.stored(rounded.scales)
         flat = grid.decode(rounded.packed, stored, math.prod(shape), torch.float32)
         return flat.view(shape).to(computing_dtype(flat.device))
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, Unrunnable) else f"{type(error).__name__}: {error}"
 
 
 def bounded(correction: Tensor, weight: Tensor) -> Tensor:
