@@ -35,7 +35,7 @@ check: install
 	touch $@
 
 test: install .deepspeed/.installed
-	$(BIN)/python -m pytest --cov --cov-report=term-missing
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing
 
 # In under three minutes: formats, files, versions, and verification.
 QUICK := $(addprefix tests/test_, codecs.py conversions.py rounding.py shards.py store.py verification.py)
@@ -46,20 +46,21 @@ test-quick: install
 test-faults: install
 	$(BIN)/python -m pytest -m faults --support=docs/reliability.md
 
-# The oldest and the newest versions that pyproject.toml allows, each in an environment of its own.
-# TESTS: what to run there, all of them if it is not given.
-.lowest/.installed .latest/.installed: .%/.installed: pyproject.toml tests/lowest.py
-	$(PYTHON) -m venv --clear .$*
-	$(if $(filter lowest,$*),$(PYTHON) tests/lowest.py,true) > .$*/constraints.txt
-	.$*/bin/python -m pip install --quiet --disable-pip-version-check -c .$*/constraints.txt \
-		torch -e '.[test]'
+# The oldest and the newest versions that pyproject.toml allows, with the oldest and the newest Python,
+# each in an environment of its own. TESTS: what to run there, all of them if it is not given.
+.lowest/.installed: PYTHON_VERSION := 3.10
+.latest/.installed: PYTHON_VERSION := 3.13
+.lowest/.installed .latest/.installed: .%/.installed: pyproject.toml tests/lowest.py | install
+	PYENV_VERSION=$(PYTHON_VERSION) $(BIN)/uv venv --quiet --clear --python $(PYTHON_VERSION) .$*
+	$(if $(filter lowest,$*),$(BIN)/python tests/lowest.py,true) > .$*/constraints.txt
+	$(BIN)/uv pip install --quiet --python .$* -c .$*/constraints.txt torch -e '.[stack]'
 	touch $@
 
-test-lowest test-latest: test-%: .%/.installed .deepspeed/.installed
-	.$*/bin/python -m pytest $(TESTS)
+test-lowest test-latest: test-%: .%/.installed
+	.$*/bin/python -m pytest -n 2 $(TESTS)
 
 support-matrix: install
-	$(BIN)/python -m pytest -m matrix --support=docs/support.md
+	$(BIN)/python -m pytest -n 2 -m matrix --support=docs/support.md
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py

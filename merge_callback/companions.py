@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,13 +27,12 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import align_special_tokens
 
 from merge_callback.base_files import base_config, companions_of_base, with_limits_of_base
 from merge_callback.codecs.bnb4 import Bnb4
+from merge_callback.compat import align_special_tokens
 from merge_callback.engines import class_of
 from merge_callback.plan import Plan
-from merge_callback.undo import Undone, put
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +80,8 @@ def aligned(
     if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if isinstance(tokenizer, PreTrainedTokenizerBase):
-            model = SimpleNamespace(config=config, generation_config=generation)
-            with _quiet():
-                align_special_tokens(model, tokenizer)  # type: ignore[no-untyped-call]
+            align_special_tokens(config, generation, tokenizer)
     return config, generation
-
-
-def _quiet() -> Undone:
-    """transformers warns of what it aligns, each time it does."""
-    theirs = logging.getLogger(align_special_tokens.__module__)
-    return Undone(lambda undo: put(undo, vars(theirs), "disabled", True))
 
 
 class SavedProcessor:

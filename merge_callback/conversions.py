@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    GroupWeightRename,
-    PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
     rename_source_key,
     revert_weight_conversion,
 )
+
+from merge_callback.compat import GroupWeightRename, PrefixChange
 
 
 class CheckpointNames:
@@ -37,7 +36,7 @@ class CheckpointNames:
         """`keys`, in their order, each with those that must be reverted together with it."""
         groups: dict[str, list[str]] = {}
         for key in keys:  # q, k and v have patterns of their own, and one target
-            groups.setdefault(apply_converters(key, self._converters)[0], []).append(key)
+            groups.setdefault(rename_source_key(key, [], self._converters)[0], []).append(key)
         return list(groups.values())
 
     def loaded(self, keys: Iterable[str]) -> Callable[[str], bool]:
@@ -74,7 +73,7 @@ class CheckpointNames:
             packed: they are quantised, so that none can be cut or joined. Those that transformers
                 would cut or join keep their names in memory, which it loads as well.
         """
-        converted = (apply_converters(key, self._converters)[1] is not None for key in tensors)
+        converted = (rename_source_key(key, [], self._converters)[1] is not None for key in tensors)
         if not self._conversions or (packed and any(converted)):
             return dict(tensors)
         seen: Any = _Seen(self._model, self._conversions, tensors)

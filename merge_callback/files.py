@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+_PART = 1 << 20  # bytes
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
@@ -22,8 +23,10 @@ class FileRecord(NamedTuple):
 
 def hash_file(path: Path) -> FileRecord:
     """Size and sha256 of a file, read once."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(_PART):
+            digest.update(part)
     return FileRecord(path.stat().st_size, digest.hexdigest())
 
 

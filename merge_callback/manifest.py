@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from merge_callback.plan import Plan
@@ -149,4 +149,4 @@ def libraries() -> dict[str, str | None]:
 
 def now() -> str:
     """UTC, to the microsecond."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")

@@ -23,6 +23,7 @@ from merge_callback.codecs import Container, Stored, TensorSpec
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
 from merge_callback.codecs.bnb8 import Bnb8Weight
 from merge_callback.codecs.plain import Dequantised, OffloadedWeight, Plain, PlainWeight
+from merge_callback.compat import dtypes_kept
 from merge_callback.conversions import CheckpointNames
 from merge_callback.engines import WholeView
 from merge_callback.errors import MergeRefused
@@ -291,7 +292,7 @@ def _dtypes_by_class(
     model: PreTrainedModel, dtype: torch.dtype
 ) -> Callable[[str], torch.dtype | None]:
     """Which weights the class keeps in another dtype when a model is loaded in `dtype`."""
-    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    kept = dtypes_kept(model, dtype)
     if not kept:
         return lambda key: None
     pattern, names, _ = build_glob_alternation(list(kept))

@@ -14,7 +14,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -328,7 +328,7 @@ class _Remote:
             newer = order[0] > order[1]  # type: ignore[operator]
         else:
             made = _moment(there.get("created"))
-            if made > datetime.now(UTC) + _SKEW:
+            if made > datetime.now(timezone.utc) + _SKEW:
                 logger.warning(
                     "%s holds a version that says it was made at %s, which is still to come: it is "
                     "not taken for newer, and is replaced; its tag stays",
@@ -417,8 +417,8 @@ def _moment(created: Any) -> datetime:
     try:
         found = datetime.fromisoformat(created)
     except (ValueError, TypeError):
-        return datetime.min.replace(tzinfo=UTC)
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+        return datetime.min.replace(tzinfo=timezone.utc)
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 def _is_card(path: str) -> bool:

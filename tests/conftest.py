@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers.utils.hub
 from hub_server import HubServer
+from packaging.version import Version
 
 import merge_callback.hub
 import merge_callback.publisher
@@ -52,6 +53,13 @@ def hub_client(server, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
+    found = Version(transformers.__version__)
+    for place, item in enumerate(items):
+        item.user_properties.append(("place", place))
+        needed = item.get_closest_marker("since")
+        if needed is not None and found < Version(needed.args[0]):
+            reason = f"transformers {found} has no such model"
+            item.add_marker(pytest.mark.skip(reason=reason))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -59,20 +67,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-CELLS = pytest.StashKey()
-
-
 class Support:
     """Notes cells of a row in a matrix of docs/: they hold if the test that they are for passes."""
 
     def __init__(self, request):
-        self._request = request
+        self._noted = request.node.user_properties
 
     def __call__(self, table, row, *columns):
-        self._request.node.stash[CELLS] = [table, row, columns, ["yes"] * len(columns)]
+        self._noted.append(("row", (table, row, columns)))
 
     def found(self, *what):
-        self._request.node.stash[CELLS][3] = what
+        self._noted.append(("cells", what))
 
     refused = found
 
@@ -86,20 +91,29 @@ def pytest_addoption(parser):
     parser.addoption("--support", help="write the matrix of what merges to this file")
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    outcome = yield
-    cell = item.stash.get(CELLS, None)
-    if cell is not None and call.when == "call":
-        found = item.config.stash.setdefault(CELLS, [])
-        table, row, columns, cells = cell
-        for column, value in zip(columns, cells, strict=True):
-            found.append((table, row, column, value if outcome.get_result().passed else "FAILED"))
+def pytest_configure(config):
+    path = config.getoption("--support")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Matrix(path))
 
 
-def pytest_sessionfinish(session):
-    path = session.config.getoption("--support")
-    if path:
+class Matrix:
+    """Gathers what tests have noted, from all processes that run them, in the order of tests."""
+
+    def __init__(self, path):
+        self._path = path
+        self._cells = []
+
+    def pytest_runtest_logreport(self, report):
+        noted = dict(report.user_properties)
+        if report.when == "call" and "row" in noted:
+            table, row, columns = noted["row"]
+            cells = noted.get("cells", ["yes"] * len(columns))
+            for column, value in zip(columns, cells, strict=True):
+                value = value if report.passed else "FAILED"
+                self._cells.append((noted["place"], table, row, column, value))
+
+    def pytest_sessionfinish(self):
         from support import write
 
-        write(path, session.config.stash.get(CELLS, []))
+        write(self._path, [cell for _, *cell in sorted(self._cells, key=lambda cell: cell[0])])

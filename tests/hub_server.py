@@ -22,7 +22,7 @@ import sys
 import threading
 import urllib.request
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -306,7 +306,7 @@ class Hub:
         commit = {"tree": tree, "parent": repo.branches.get(branch), **said}
         made_of = json.dumps([commit, next(self.counter)], sort_keys=True)
         oid = repo.branches[branch] = hashlib.sha1(made_of.encode()).hexdigest()
-        date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        date = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         repo.commits[oid] = {**commit, "date": date}
         return oid
 

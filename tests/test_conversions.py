@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from models import adapt, base_weight, load_base, merged_weights, save_base, ulps
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -16,16 +17,10 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    NomicBertConfig,
-    NomicBertForSequenceClassification,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
-from transformers.core_model_loading import (
-    GroupWeightRename,
-    WeightRenaming,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from merge_callback import (
     MergeOptions,
@@ -34,6 +29,7 @@ from merge_callback import (
     VerificationError,
     merge_adapter,
 )
+from merge_callback.compat import GroupWeightRename
 from merge_callback.conversions import CheckpointNames
 from merge_callback.export import check_merge
 from merge_callback.files import hash_file
@@ -134,22 +130,23 @@ def test_what_was_a_conv1d_is_turned_back(tmp_path):
 
 def nomic(path):
     """Its checkpoint keeps q, k and v in one tensor, which transformers splits."""
-    config = NomicBertConfig(
+    config = transformers.NomicBertConfig(
         hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         vocab_size=304, max_position_embeddings=64, head_dim=32, num_labels=3, pad_token_id=0,
     )  # fmt: skip
-    NomicBertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(path)
+    transformers.NomicBertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
 def classifier(path, **settings):
-    model = NomicBertForSequenceClassification.from_pretrained(
+    model = transformers.NomicBertForSequenceClassification.from_pretrained(
         path, dtype=torch.bfloat16, **settings
     )
     keep_cpu_weights_unpacked(model)
     return model
 
 
+@pytest.mark.since("5.5")
 def test_what_the_checkpoint_keeps_in_one_tensor_is_one_group(tmp_path):
     model = classifier(nomic(tmp_path / "base"))
     names = CheckpointNames(model)
@@ -165,6 +162,7 @@ def test_what_the_checkpoint_keeps_in_one_tensor_is_one_group(tmp_path):
     assert all(torch.equal(apart[name], together[name]) for name in together)
 
 
+@pytest.mark.since("5.5")
 def test_q_k_and_v_are_joined_and_every_byte_of_the_file_is_written(tmp_path):
     model = classifier(nomic(tmp_path / "base"))
     model = adapt(model, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
@@ -183,12 +181,13 @@ def test_q_k_and_v_are_joined_and_every_byte_of_the_file_is_written(tmp_path):
         kept = original[name].chunk(3)[1]
         assert ulps(written[name], torch.cat([q, kept, v])) <= 1
         assert torch.equal(written[name].chunk(3)[1], kept)
-    _, info = NomicBertForSequenceClassification.from_pretrained(
+    _, info = transformers.NomicBertForSequenceClassification.from_pretrained(
         result.path, output_loading_info=True
     )
     assert not any(info.values()), info
 
 
+@pytest.mark.since("5.5")
 def test_packed_weights_that_cannot_be_joined_keep_their_names_in_memory(tmp_path):
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -197,7 +196,7 @@ def test_packed_weights_that_cannot_be_joined_keep_their_names_in_memory(tmp_pat
     layers = {n for n, m in base.named_modules() if type(m).__name__ == "Linear4bit"}
     model = adapt(base, target_modules=["q_proj", "v_proj"], task_type=None)
     result = merge_adapter(model, tmp_path / "out", save_method="merged_4bit", rounding="nearest")
-    loaded, info = NomicBertForSequenceClassification.from_pretrained(
+    loaded, info = transformers.NomicBertForSequenceClassification.from_pretrained(
         result.path, output_loading_info=True
     )
     assert not any(info.values()), info
@@ -243,6 +242,7 @@ def test_experts_whose_file_is_their_transpose_are_planned(tmp_path):
     assert result.manifest["retention"]["merged_16bit"]["overall"] == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.since("5.14")
 def test_names_that_shift_are_reverted_one_at_a_time(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

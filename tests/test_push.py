@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from urllib.parse import quote
 
 import huggingface_hub.constants
@@ -601,7 +601,7 @@ def test_a_commit_of_others_that_is_titled_like_ours_deletes_nothing(tmp_path, s
     assert server.file(REPO, "main", "config.json") == TWO["config.json"]
 
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(timezone.utc)
 FUTURE, PAST = (NOW + timedelta(days=2)).isoformat(), (NOW - timedelta(days=900)).isoformat()
 HERE = NOW.isoformat()
 # (there, here): whether what is there stays. Here the sequence is 2, the second in its directory.

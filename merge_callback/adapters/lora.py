@@ -23,6 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from merge_callback.adapters import ALL, Update
+from merge_callback.compat import delta_factors
 
 _ROW_VALUES = 1 << 21  # values of a DoRA temporary
 
@@ -93,7 +94,7 @@ class Experts:
     def add_to(self, merged: Tensor, base: Tensor, rows: slice = ALL) -> None:
         exact: Any = copy.copy(self.layer)  # PEFT casts the factors to the parameter's dtype
         exact.get_param = lambda: torch.empty(0)
-        lhs, rhs, scaling = exact.get_delta_factors(self.name)
+        lhs, rhs, scaling = delta_factors(exact, self.name)
         if merged.dim() == 2:  # (out, in): those factors are of the transpose
             lhs, rhs = rhs.transpose(1, 2), lhs.transpose(1, 2)
         experts = merged if merged.dim() == 3 else merged[None]
