@@ -14,6 +14,7 @@ between the two leaves an empty directory, which is no version.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -23,8 +24,9 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -225,8 +227,8 @@ class MergeStore:
             empty.enter_context(suppress(OSError))
             empty.callback(os.rmdir, path)
             undo.callback(empty.close)  # where there is no descriptor left for rmtree
-            for _ in range(2):  # the first may be interrupted; it is gone when it was published
-                undo.callback(shutil.rmtree, path, ignore_errors=True)
+            for step in _removal(path):  # one may be interrupted; it is gone when it was published
+                undo.callback(step)
             path.mkdir()
             if lock(path, held=held):
                 return path
@@ -252,7 +254,8 @@ class MergeStore:
                 last.callback(undo.close)
                 if host == _host() and lock(path, held=undo, where_unsupported=False):
                     logger.warning("removing %s, left by a process that died", path)
-                    shutil.rmtree(path, ignore_errors=True)
+                    for step in _removal(path):
+                        step()
         for path, told in self._left():
             _say_once(path.absolute(), told)
 
@@ -290,6 +293,7 @@ class MergeStore:
                     continue
                 if error.errno not in _NO_RENAME_ONTO:
                     raise
+                _let_go_of(draft)
                 _move(draft, target, claim)
             claim.pop_all()
             return target
@@ -344,6 +348,17 @@ def _move(draft: Path, target: Path, claim: ExitStack) -> None:
         if path.name == MANIFEST:
             sync_directories(target, [target / other.relative_to(draft) for other in moved])
         path.rename(place)
+
+
+def _removal(path: Path) -> list[Callable[[], None]]:
+    remove = partial(shutil.rmtree, path, ignore_errors=True)
+    return [remove, partial(_let_go_of, path), remove]
+
+
+def _let_go_of(path: Path) -> None:
+    """Windows moves and removes no file that is mapped, say by a model that nobody has any more."""
+    if path.exists():
+        gc.collect()
 
 
 def _say_once(what: object, told: str) -> None:

@@ -337,7 +337,7 @@ def test_a_manifest_of_the_store_lists_every_file(tmp_path, caplog):
 def test_no_draft_is_left_when_descriptors_run_out(tmp_path, monkeypatch):
     import merge_callback.store as module
 
-    def refuse(path, flags):
+    def refuse(path, *flags):
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(module.os, "open", refuse)

@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import warnings
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import filelock
@@ -27,12 +26,6 @@ GONE = {
     ),
     signal: "SIGKILL SIGHUP SIGALRM SIGUSR1 SIGUSR2",
 }
-
-
-class _Missing(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 class _Library(ctypes.CDLL):
@@ -121,7 +114,5 @@ def become():
     for module, names in GONE.items():
         for name in names.split():
             delattr(module, name)
-    for name in MISSING:
-        sys.modules.pop(name, None)
-    sys.meta_path.insert(0, _Missing())
+    sys.modules.update(dict.fromkeys(MISSING))  # to import them fails
     warnings.filterwarnings("error", category=EncodingWarning, module="merge_callback")
