@@ -312,16 +312,23 @@ class MergeStore:
             found = read_version(version.path)
             if found is None or found.identity != version.identity:
                 return False
-            try:
-                version.path.rename(gone)
-            except PermissionError as error:  # Windows, while a file of it is open
-                _say_once(version.path, f"{version.path} is left, to be pruned later: {error}")
+            if not _renamed(version.path, gone):
                 return False
             if push_marker(version.path).exists():  # whoever marks it does not ask for the lock
                 gone.rename(version.path)
                 return False
             shutil.rmtree(gone)
         return True
+
+
+def _renamed(version: Path, gone: Path) -> bool:
+    """Whether a version could be taken away; on Windows not while a file of it is open."""
+    try:
+        version.rename(gone)
+    except PermissionError as error:
+        _say_once(version, f"{version} is left, to be pruned later: {error}")
+        return False
+    return True
 
 
 def _claimed(target: Path, claim: ExitStack) -> bool:
