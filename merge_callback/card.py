@@ -78,7 +78,7 @@ def write_card(
         snippet=snippet(model, processor, _folder(methods)),
         adapters=inline(", ".join(manifest["adapters"])),
     )
-    path.write_text(str(card))
+    path.write_text(str(card), "utf-8")
 
 
 def card_for_the_hub(text: str, repo_id: str, folder: str = "") -> str:

@@ -236,7 +236,7 @@ def save_adapter(
 def _lift(directory: Path) -> None:
     """Move the files of a directory into its parent."""
     for path in directory.iterdir():
-        path.rename(directory.parent / path.name)
+        path.replace(directory.parent / path.name)
     directory.rmdir()
 
 

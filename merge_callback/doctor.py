@@ -48,6 +48,6 @@ def _checks() -> Iterator[tuple[str, str, str | None]]:
 
 def _has_bf16() -> bool:
     try:
-        return _BF16.search(Path("/proc/cpuinfo").read_text()) is not None
+        return _BF16.search(Path("/proc/cpuinfo").read_text("utf-8")) is not None
     except OSError:  # not on Linux
         return True

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PART = 1 << 20  # bytes
+# Windows opens no directory, and flushes what is open for writing.
+_OPENS_DIRECTORIES = hasattr(os, "O_DIRECTORY")
+_TO_SYNC = os.O_RDONLY if _OPENS_DIRECTORIES else os.O_RDWR
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
@@ -43,12 +46,15 @@ def sync_directories(top: Path, files: Iterable[Path]) -> None:
 def sync(path: Path) -> None:
     """Make what lies at `path`, file or directory, durable.
 
-    Some network file systems cannot do so for directories; they keep them in step by themselves.
+    Some network file systems cannot do so for directories; they keep them in step by themselves. So
+    does Windows.
     """
+    if not _OPENS_DIRECTORIES and path.is_dir():
+        return
     try:
         with ExitStack() as last, ExitStack() as undo:  # an interrupt may skip the exit of one
             last.callback(undo.close)
-            undo.callback(os.close, descriptor := os.open(path, os.O_RDONLY))
+            undo.callback(os.close, descriptor := os.open(path, _TO_SYNC))
             os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED or not path.is_dir():

@@ -6,7 +6,6 @@ first use, caches) changes in that process and nowhere else.
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import pickle
@@ -23,8 +22,10 @@ from torch import Tensor
 
 from merge_callback.errors import MergeError
 
+_OPEN_FILES = "/proc/self/fd"
 _SILENCE = 600.0  # seconds without a batch; a fork can inherit a lock that nobody will release
-POSSIBLE = hasattr(os, "fork")
+# Without /proc no file can be opened anew, and a fork of macOS may crash in the system's libraries.
+POSSIBLE = hasattr(os, "fork") and os.path.isdir(_OPEN_FILES)
 
 
 def forked(draw: Callable[[], Iterable[Any]]) -> Iterator[Mapping[str, Any]]:
@@ -113,12 +114,14 @@ def _is_sendable(value: Any) -> bool:
 
 def _open_files_anew() -> None:
     """Give this process offsets of its own in the files that it inherited for reading."""
+    import fcntl  # Windows has none
+
     with suppress(OSError):
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
+        for descriptor in map(int, os.listdir(_OPEN_FILES)):
             with suppress(OSError):  # the listing itself is closed by now
                 read_only = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
                 if read_only and stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    anew = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+                    anew = os.open(f"{_OPEN_FILES}/{descriptor}", os.O_RDONLY)
                     os.lseek(anew, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
                     os.dup2(anew, descriptor)
                     os.close(anew)

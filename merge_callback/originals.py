@@ -143,7 +143,7 @@ def find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]
 
 def _find_unloaded(model: PreTrainedModel, keys: Iterable[str]) -> list[Unloaded]:
     path = base_file(model.config, CONFIG_NAME)
-    config = None if path is None else json.loads(path.read_text())
+    config = None if path is None else json.loads(path.read_text("utf-8"))
     if path is None or config is None or not _is_of(model, config):
         return []
     files, known = _files(model), CheckpointNames(model).loaded(keys)
@@ -184,6 +184,6 @@ def _files(model: PreTrainedModel) -> dict[str, Path]:
     index = locate(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return {}
-    parts: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    parts: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
     located = {part: locate(part) for part in set(parts.values())}
     return {name: path for name, part in parts.items() if (path := located[part]) is not None}

@@ -76,7 +76,7 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            if not self._is_known(error):
+            if self.count > 1 and not self._is_known(error):  # its frames hold models
                 self._known = error
                 with suppress(PeerError):  # it is this process's own error that counts here
                     self._exchange(f"{error}" or type(error).__name__)

@@ -155,7 +155,7 @@ def _card(path: Path, repo_id: str) -> str | None:
     """A card for the Hub; None if there is none that the Hub takes: the model is worth more."""
     folder = path.parent.name if not (path.parent / MANIFEST).exists() else ""
     try:
-        text = card_for_the_hub(path.read_text(), repo_id, folder)
+        text = card_for_the_hub(path.read_text("utf-8"), repo_id, folder)
         ModelCard(text).validate()
     except FileNotFoundError:
         return None

@@ -114,7 +114,7 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
     }
     part = directory / f".{RECIPE}.part"
     try:
-        part.write_text(json.dumps(found, indent=2) + "\n")
+        part.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
         part.replace(directory / RECIPE)
     finally:
         part.unlink(missing_ok=True)

@@ -31,8 +31,8 @@ def inline(text: object) -> str:
 def write_report(directory: Path, manifest: Manifest, tensors: Tensors) -> None:
     """Write merge_report.json and merge_report.md, and merge_report.png where matplotlib is."""
     whole = {**manifest, "tensors": tensors}
-    (directory / "merge_report.json").write_text(json.dumps(whole, indent=2) + "\n")
-    (directory / "merge_report.md").write_text(report_text(manifest, tensors))
+    (directory / "merge_report.json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    (directory / "merge_report.md").write_text(report_text(manifest, tensors), "utf-8")
     try:
         from merge_callback.plot import draw
     except ImportError:  # the extra `plot` is not installed

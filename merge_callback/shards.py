@@ -145,7 +145,7 @@ class CheckpointWriter:
         total = sum(spec.nbytes for spec in self._specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._directory / "model.safetensors.index.json").write_text(text)
+        (self._directory / "model.safetensors.index.json").write_text(text, "utf-8")
 
 
 def check_written(directory: Path, groups: Sequence[Mapping[str, TensorSpec]]) -> None:

@@ -8,12 +8,13 @@ A draft is a sibling of what it becomes, so that publishing is one rename: first
 claimed by an exclusive mkdir, then the draft is renamed onto that empty directory; where that is
 not possible its files are moved one by one, the manifest last. Nothing that exists is ever written
 to; whatever stands at the target moves the number on. A process that dies
-between the two leaves an empty directory, which is no version. POSIX only.
+between the two leaves an empty directory, which is no version.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -23,21 +24,23 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from merge_callback.errors import CorruptVersion, MergeRefused
 from merge_callback.files import FileRecord, hash_file, sync, sync_directories
-from merge_callback.locks import is_at, lock
+from merge_callback.locks import lock
 from merge_callback.versions import LAST, MANIFEST, SCHEMA, Version, check_files, read_version
 
 logger = logging.getLogger(__name__)
 
-# What file systems say that do not rename onto an empty directory.
+# What file systems say that do not rename onto an empty directory, or one that holds open files.
 _NO_RENAME_ONTO = (
+    errno.EACCES,
     errno.EEXIST,
     errno.ENOTEMPTY,
     errno.EPERM,
@@ -179,7 +182,7 @@ class MergeStore:
             last.callback(undo.close)
             place = {"sequence": self._next(undo), "files": files}
             text = json.dumps({"schema": SCHEMA, "run": None, **manifest, **place}, indent=2) + "\n"
-            (draft.path / MANIFEST).write_text(text)
+            (draft.path / MANIFEST).write_text(text, "utf-8")
             sync_directories(draft.path, [draft.path / MANIFEST])
             target = self._rename(draft.path, name, undo)
         try:
@@ -224,11 +227,10 @@ class MergeStore:
             empty.enter_context(suppress(OSError))
             empty.callback(os.rmdir, path)
             undo.callback(empty.close)  # where there is no descriptor left for rmtree
-            for _ in range(2):  # the first may be interrupted; it is gone when it was published
-                undo.callback(shutil.rmtree, path, ignore_errors=True)
+            for step in _removal(path):  # one may be interrupted; it is gone when it was published
+                undo.callback(step)
             path.mkdir()
-            descriptor = lock(path, held=held)
-            if descriptor is not None and is_at(descriptor, path):
+            if lock(path, held=held):
                 return path
             held.close()  # another process took it for stale before the lock was ours
 
@@ -250,9 +252,10 @@ class MergeStore:
         for path, host in self._drafts():
             with ExitStack() as last, ExitStack() as undo, suppress(OSError):  # not ours to open
                 last.callback(undo.close)
-                if host == _host() and lock(path, held=undo, where_unsupported=False) is not None:
+                if host == _host() and lock(path, held=undo, where_unsupported=False):
                     logger.warning("removing %s, left by a process that died", path)
-                    shutil.rmtree(path, ignore_errors=True)
+                    for step in _removal(path):
+                        step()
         for path, told in self._left():
             _say_once(path.absolute(), told)
 
@@ -269,8 +272,8 @@ class MergeStore:
 
         Where locks do not work, or are not to be had, two versions may have the same.
         """
-        patience = time.monotonic() + _PATIENCE
-        while lock(self.root, held=undo) is None and time.monotonic() < patience:
+        patience, file = time.monotonic() + _PATIENCE, self.root / ".lock"
+        while not lock(self.root, held=undo, file=file) and time.monotonic() < patience:
             time.sleep(_GLANCE)
         return min(LAST, 1 + max((version.sequence for version in self.versions()), default=0))
 
@@ -290,6 +293,7 @@ class MergeStore:
                     continue
                 if error.errno not in _NO_RENAME_ONTO:
                     raise
+                _let_go_of(draft)
                 _move(draft, target, claim)
             claim.pop_all()
             return target
@@ -303,18 +307,28 @@ class MergeStore:
         gone = self._draft_path(version.name)
         with ExitStack() as last, ExitStack() as undo:
             last.callback(undo.close)
-            held = lock(version.path, held=undo)
-            if held is None or push_marker(version.path).exists():
+            if not lock(version.path, held=undo) or push_marker(version.path).exists():
                 return False
             found = read_version(version.path)
-            if found is None or found.identity != version.identity or not is_at(held, found.path):
+            if found is None or found.identity != version.identity:
                 return False
-            version.path.rename(gone)
+            if not _renamed(version.path, gone):
+                return False
             if push_marker(version.path).exists():  # whoever marks it does not ask for the lock
                 gone.rename(version.path)
                 return False
             shutil.rmtree(gone)
         return True
+
+
+def _renamed(version: Path, gone: Path) -> bool:
+    """Whether a version could be taken away; on Windows not while a file of it is open."""
+    try:
+        version.rename(gone)
+    except PermissionError as error:
+        _say_once(version, f"{version} is left, to be pruned later: {error}")
+        return False
+    return True
 
 
 def _claimed(target: Path, claim: ExitStack) -> bool:
@@ -343,6 +357,17 @@ def _move(draft: Path, target: Path, claim: ExitStack) -> None:
         path.rename(place)
 
 
+def _removal(path: Path) -> list[Callable[[], None]]:
+    remove = partial(shutil.rmtree, path, ignore_errors=True)
+    return [remove, partial(_let_go_of, path), remove]
+
+
+def _let_go_of(path: Path) -> None:
+    """Windows moves and removes no file that is mapped, say by a model that nobody has any more."""
+    if path.exists():
+        gc.collect()
+
+
 def _say_once(what: object, told: str) -> None:
     if what not in _TOLD:
         _TOLD.add(what)
@@ -362,7 +387,7 @@ def _set_mode(path: Path, mode: int) -> None:
 def _is_locked(path: Path, undo: ExitStack) -> bool:
     """Whether a process that lives has a lock on a draft, as far as can be seen from here."""
     try:
-        return lock(path, held=undo) is None
+        return not lock(path, held=undo)
     except PermissionError:
         return False
 

@@ -292,7 +292,7 @@ class Uploads:
 def _push_alone(hub: Hub, version: Version, target: Target) -> Push:
     """Push, unless another process is at it."""
     with ExitStack() as held:
-        if lock(version.path, held=held) is None:
+        if not lock(version.path, held=held):
             raise PushStopped(
                 f"another process is pushing {version.path}, or a call of this one that was given "
                 "up has not ended yet, or it is gone"
@@ -340,7 +340,7 @@ def _mark(version: Version, target: Target, error: Exception | None = None) -> N
         ".push-draft", ".", marker.parent
     )  # names may be at their longest
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(told, indent=2) + "\n")
         Path(draft).replace(marker)
     except OSError:

@@ -121,7 +121,7 @@ def read_version(path: Path) -> Version | None:
         found = (path / MANIFEST).lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_MANIFEST:
             return None
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         if manifest["schema"] > SCHEMA:
             logger.warning("%s was written by a newer merge_callback and is left alone", path)
             return None
@@ -153,7 +153,8 @@ def _is_sound(manifest: Mapping[str, Any]) -> bool:
 def _is_record(item: tuple[Any, Any]) -> bool:
     """Whether a manifest's entry names a file below its version, and says what it is known by."""
     name, record = item
-    below = name == PurePosixPath(name).as_posix() and not name.startswith("/") and "\0" not in name
+    path = Path(name)  # of Windows, a backslash and a drive lead elsewhere too
+    below = name == path.as_posix() and not path.anchor and "\0" not in name
     return (
         below
         and not {"..", "."} & set(name.split("/"))

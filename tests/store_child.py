@@ -139,7 +139,7 @@ def publish_and_prune(store, step):
 def lines(root):
     """What an error at each line leaves of a version that is published and one that is pruned."""
     os.fsync = lambda descriptor: None  # thousands of them; the lines around are run all the same
-    store, met = MergeStore(root / "counted"), []
+    store, met = MergeStore(root / "counted" / "0"), []  # as deep as the others: so are its lines
     publish_and_prune(store, 1)
     at_each_line(lambda frame: met.append(frame.f_lineno), lambda: publish_and_prune(store, 2))
     rows = []

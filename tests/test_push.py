@@ -150,7 +150,7 @@ def test_a_gitignore_on_main_that_leaves_out_our_files_is_said(tmp_path, server)
 def test_a_lock_ends_with_the_push_though_a_forked_process_lives_on(tmp_path, server):
     version = make(tmp_path)
     held = ExitStack()
-    assert lock(version.path, held=held) is not None
+    assert lock(version.path, held=held)
     child = os.fork()
     if child == 0:
         time.sleep(3000)  # of which the tests' clock makes 30 s
@@ -447,10 +447,9 @@ def test_a_hub_that_is_down_is_not_asked_for_each_version(tmp_path, server):
 
 def test_a_version_that_another_process_pushes_is_left_to_it(tmp_path, server):
     version = make(tmp_path)
-    held = lock(version.path)
-    with pytest.raises(PushError, match="another process is pushing"):
+    with ExitStack() as held, pytest.raises(PushError, match="another process is pushing"):
+        assert lock(version.path, held=held)
         push_version(version.path, REPO)
-    os.close(held)
     assert push_version(version.path).tag == "step-1"
 
 

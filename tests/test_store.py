@@ -337,7 +337,7 @@ def test_a_manifest_of_the_store_lists_every_file(tmp_path, caplog):
 def test_no_draft_is_left_when_descriptors_run_out(tmp_path, monkeypatch):
     import merge_callback.store as module
 
-    def refuse(path, flags):
+    def refuse(path, *flags):
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(module.os, "open", refuse)
@@ -409,7 +409,7 @@ def test_a_root_whose_lock_is_not_given_back_still_takes_versions(tmp_path, monk
     publish(store)
     monkeypatch.setattr(module, "_PATIENCE", 0.05)
     with contextlib.ExitStack() as held:
-        assert lock(tmp_path, held=held) is not None
+        assert lock(tmp_path, held=held)
         assert publish(store).sequence == 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from merge_callback.batches import Batch, hold_out, input_device, take
 from merge_callback.calibration.distillation import distil
 from merge_callback.calibration.sequential import NothingCalibrated, calibrate, unfit
 from merge_callback.errors import MergeError
+from merge_callback.host_memory import free_memory
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.processes import ALONE, Processes
@@ -203,4 +203,4 @@ def _free_memory(plan: Plan) -> int:
     device = input_device(plan.model)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory()
