@@ -19,11 +19,13 @@ from merge_callback.engines import class_of
 from merge_callback.errors import CorruptVersion, VerificationError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
+from merge_callback.pristine import pristine
 from merge_callback.processes import PeerError
 from merge_callback.retention import Retention
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.adapter_files import adapter_file_problems
 from merge_callback.verification.arithmetic import Findings, adapter_findings, base_findings
+from merge_callback.verification.kernels import Way, base_of, way
 from merge_callback.verification.limits import misses
 from merge_callback.verification.outputs import (
     Comparison,
@@ -170,7 +172,7 @@ def verify_models(
             done.comparisons[method] = replace(comparison, gain_kept=None, gain_error=None)
     for method, comparison in done.comparisons.items():
         known = kept.get(method, {})
-        found = list(misses(method, comparison, options, known, routed=_has_experts(plan)))
+        found = list(misses(method, comparison, options, known, routed=plan.is_routed))
         done.problems += found
         done.checks[f"{method}: outputs"] = _FAILED if found else _PASSED
     limits = options.min_gain_kept is not None or options.max_kl is not None
@@ -191,11 +193,6 @@ def verify_beside_training(plan: Plan, options: MergeOptions, written: Written) 
     for what in ("weights as they are loaded", "outputs"):
         done.checks[what] = "not run: training went on"
     return _judged(done, options)
-
-
-def _has_experts(plan: Plan) -> bool:
-    fields = vars(plan.model.config.get_text_config())
-    return any("expert" in name and isinstance(n, int) and n > 1 for name, n in fields.items())
 
 
 def _check_arithmetic(done: Verification, plan: Plan) -> None:
@@ -284,8 +281,14 @@ def _compare(
 ) -> str:
     """Compare the outputs of all models; why not, if that was not possible."""
     device = input_device(plan.model)
-    live = Speaker(plan.model, device)
-    base = Speaker(plan.model, device, partial(without_adapters, plan.peft_model))
+    found = way(plan.peft_model, batches[0], routed=plan.is_routed)
+    if found.told is not None:
+        _say(done, found)
+    wrapped = pristine(plan.peft_model) if found.around else plan.peft_model
+    if found.around or not found.agrees:  # others load what was written with transformers' own
+        models = {method: pristine(model) for method, model in models.items()}
+    live = Speaker(base_of(wrapped), device)
+    base = Speaker(base_of(wrapped), device, partial(without_adapters, wrapped))
     others = {method: Speaker(model, device) for method, model in models.items()}
     try:
         with contextlib.ExitStack() as stack:
@@ -311,6 +314,14 @@ def _compare(
         done.problems.append(f"outputs could not be compared: {type(error).__name__}: {error}")
         done.checks["outputs"] = _FAILED
     return ""
+
+
+def _say(done: Verification, found: Way) -> None:
+    """That the outputs are those of other forwards than the model's own; or why they are not."""
+    if found.around:
+        done.checks["outputs by transformers' own classes"] = f"passed; {found.told}"
+    else:
+        done.leave_out("outputs by transformers' own classes", found.told or "")
 
 
 def _not_compared(done: Verification, why: str) -> str:
