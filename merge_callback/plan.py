@@ -143,12 +143,6 @@ class Plan:
         return any(weight.on_a_grid for weight in self.to_round().values())
 
     @property
-    def is_routed(self) -> bool:
-        """Whether the model has experts, and a router that noise can turn."""
-        fields = vars(self.model.config.get_text_config())
-        return any("expert" in name and isinstance(n, int) and n > 1 for name, n in fields.items())
-
-    @property
     def from_original(self) -> bool:
         return any(weight.original is not None for weight in self.weights.values())
 

@@ -6,7 +6,7 @@ from types import MethodType, SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from models import adapt, load_base, qlora, same, save_base, snapshot
+from models import qlora, same, snapshot
 from safetensors.torch import load_file
 from test_calibration import batches
 from torch import nn
@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as llama
 
 from merge_callback import merge_adapter
-from merge_callback.pristine import pristine
 
 
 def fused(layer, inputs):

@@ -18,7 +18,6 @@ from merge_callback.calibration.sequential import NothingCalibrated, calibrate, 
 from merge_callback.errors import MergeError
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
-from merge_callback.pristine import pristine
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Rounded
 from merge_callback.stand_ins import evaluating, generators_kept, without_cache
@@ -140,10 +139,9 @@ def _with_data(
     seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
     if not seen:
         raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
-    found = way(plan.peft_model, seen[0], routed=plan.is_routed, processes=processes)
-    if found.around:
-        wrapped = pristine(plan.peft_model)
-        plan = replace(plan, model=base_of(wrapped), peft_model=wrapped)
+    found = way(plan.peft_model, seen[0], processes)
+    wrapped = found.of(plan.peft_model)
+    plan = replace(plan, model=base_of(wrapped), peft_model=wrapped)
     done = calibrate(
         plan,
         _share(seen, processes),

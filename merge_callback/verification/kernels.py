@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,9 +25,11 @@ from merge_callback.pristine import is_shipped, pristine
 from merge_callback.processes import ALONE, Processes
 from merge_callback.undo import hooked
 from merge_callback.verification.limits import beyond_noise, noise_of
-from merge_callback.verification.outputs import Speaker, compare_outputs
+from merge_callback.verification.outputs import Speaker, compare_outputs, is_routed
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 _PIECE = 1024  # tokens on which both ways are compared, or one sequence
 _WRAPPERS = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
@@ -49,19 +51,26 @@ class Way:
     uncalled: Mapping[str, str] = field(default_factory=dict)
     agrees: bool = True
 
+    def of(self, model: M) -> M:
+        """The live model, or its twin."""
+        return pristine(model) if self.around else model
 
-def way(model: nn.Module, batch: Batch, *, routed: bool, processes: Processes = ALONE) -> Way:
+    def of_loaded(self, model: M) -> M:
+        """A model that was loaded again; all who load it have transformers' own classes."""
+        return pristine(model) if self.around or not self.agrees else model
+
+
+def way(model: nn.Module, batch: Batch, processes: Processes = ALONE) -> Way:
     """Find out how a model has to be run, by running it; it is in eval mode.
 
     Where its own forwards call all modules, this is one forward of one sequence.
 
     Args:
         model: with its adapter's wrapper, if it has one.
-        routed: noise may turn a router of its.
         processes: that go the same way; what counts is what the leader has found.
     """
     try:
-        found = _found(model, batch, routed)
+        found = _found(model, batch)
     except Exception as error:  # whoever runs the model on all data meets it again, and says so
         logger.debug("the calls of the model's layers are not counted", exc_info=error)
         found = Way()
@@ -74,7 +83,7 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def _found(model: nn.Module, batch: Batch, routed: bool) -> Way:
+def _found(model: nn.Module, batch: Batch) -> Way:
     base = base_of(model)
     watched, own = _watched(base), _called(base, split_batch(batch, 1)[0])
     if watched <= own:
@@ -82,7 +91,7 @@ def _found(model: nn.Module, batch: Batch, routed: bool) -> Way:
     try:
         twin = base_of(pristine(model))
         missed = sorted(watched & _called(twin, split_batch(batch, 1)[0]) - own)
-        off = _apart(base, twin, split_batch(batch, _PIECE)[0], routed) if missed else ""
+        off = _apart(base, twin, split_batch(batch, _PIECE)[0]) if missed else ""
     except Exception as error:
         off = f"transformers' own classes do not run ({type(error).__name__}: {error})"
         return _as_it_is(_uncalled(base, own, off))
@@ -154,12 +163,12 @@ def _called(model: PreTrainedModel, batch: Batch) -> set[str]:
     return called
 
 
-def _apart(base: PreTrainedModel, twin: PreTrainedModel, piece: Batch, routed: bool) -> str:
+def _apart(base: PreTrainedModel, twin: PreTrainedModel, piece: Batch) -> str:
     """What both say differs in, beyond noise; "": in nothing."""
     device = input_device(base)
     live, other = Speaker(base, device), Speaker(twin, device)
     found = compare_outputs(live, None, {"other": other}, [piece])["other"]
     if not found.finite:
         return "the outputs of transformers' own classes, or the model's, are not finite"
-    told = ", ".join(beyond_noise(found, noise_of(routed)))
+    told = ", ".join(beyond_noise(found, noise_of(is_routed(base))))
     return told and f"transformers' own classes say something else ({told})"
