@@ -78,7 +78,8 @@ class _Twins:
         own.pop("_compiled_call_impl", None)
         own["_parameters"], own["_buffers"] = module._parameters.copy(), module._buffers.copy()
         own["_modules"] = {
-            name: child and self.of(child, file, config) for name, child in module._modules.items()
+            name: None if child is None else self.of(child, file, config)
+            for name, child in module._modules.items()
         }
         if shipped is not None:
             _take_off(own, made)
