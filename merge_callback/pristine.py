@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _SHIPPED = "transformers.models."
 
@@ -26,11 +27,17 @@ M = TypeVar("M", bound=nn.Module)
 def pristine(model: M) -> M:
     """A twin of `model`, each module of which computes as transformers' class of it does.
 
-    Parameters, buffers, configs and hooks are those of `model`; which module is where, their modes
-    and their forwards are the twin's own. What has no class of transformers' stays what it is.
+    Parameters, buffers and configs are those of `model`; which module is where, their modes, hooks
+    and forwards are the twin's own. What has no class of transformers' stays what it is.
     """
     here = (p.device for p in model.parameters() if p.device.type != "meta")
-    return _Twins(next(here, torch.device("cpu"))).of(model, None, None)
+    twins = _Twins(next(here, torch.device("cpu")))
+    twin = twins.of(model, None, None)
+    for part in twin.modules():
+        if isinstance(part, PreTrainedModel):
+            maybe_install_capturing_hooks(part)  # a first forward would look for the other classes
+    twins.change_classes()
+    return twin
 
 
 def is_shipped(kind: type) -> bool:
@@ -44,6 +51,7 @@ class _Twins:
     def __init__(self, device: torch.device):
         self._device = device
         self._made: dict[int, Any] = {}
+        self._shipped: list[tuple[Any, type[nn.Module]]] = []
 
     def of(self, module: M, file: str | None, config: Any) -> M:
         """Args: file, config: the module of Python's, and the config, of what `module` is in."""
@@ -54,7 +62,8 @@ class _Twins:
             shipped = _shipped(type(module), file)
             made = None if shipped is None else self._anew(module, shipped, config)
             if made is None:
-                made = self._sharing(module, shipped, file, config)
+                made = self._sharing(module, file, config)
+                self._shipped += [(made, shipped)] if shipped is not None else []
             self._made[id(module)] = made
         twin: M = self._made[id(module)]
         return twin
@@ -68,21 +77,23 @@ class _Twins:
         except Exception:  # it is made of something else
             return None
 
-    def _sharing(
-        self, module: nn.Module, shipped: type[nn.Module] | None, file: str | None, config: Any
-    ) -> nn.Module:
-        kind = shipped or type(module)
-        made: nn.Module = kind.__new__(kind)
+    def change_classes(self) -> None:
+        """Give each twin that has one the class that transformers ships."""
+        for made, shipped in self._shipped:
+            made.__class__ = shipped
+            _take_off(vars(made), made)
+
+    def _sharing(self, module: nn.Module, file: str | None, config: Any) -> nn.Module:
+        made: nn.Module = type(module).__new__(type(module))
         own = vars(made)
         own |= {name: _bound_to(value, module, made) for name, value in vars(module).items()}
+        own |= {name: own[name].copy() for name in own if name.startswith("_") and "_hooks" in name}
         own.pop("_compiled_call_impl", None)
         own["_parameters"], own["_buffers"] = module._parameters.copy(), module._buffers.copy()
         own["_modules"] = {
             name: None if child is None else self.of(child, file, config)
             for name, child in module._modules.items()
         }
-        if shipped is not None:
-            _take_off(own, made)
         return made
 
 

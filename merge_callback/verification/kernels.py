@@ -18,12 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from merge_callback.batches import Batch, input_device, split_batch
 from merge_callback.pristine import is_shipped, pristine
 from merge_callback.processes import ALONE, Processes
-from merge_callback.undo import hooked
 from merge_callback.verification.limits import beyond_noise, noise_of
 from merge_callback.verification.outputs import Speaker, compare_outputs, is_routed
 
@@ -157,8 +157,9 @@ def _called(model: PreTrainedModel, batch: Batch) -> set[str]:
 
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            hooked(undo, module)
-            module.register_forward_pre_hook(note(name))
+            handle = RemovableHandle(module._forward_pre_hooks)  # those of a first forward stay
+            undo.callback(handle.remove)
+            module._forward_pre_hooks[handle.id] = note(name)
         Speaker(model, input_device(model)).outputs(batch)
     return called
 
