@@ -144,7 +144,7 @@ def verify_models(
     Beyond the live model and the logits of two models for 1024 tokens, or one sequence, this holds
     four float32 copies of each weight that is looked at (`plan.threads` at a time); on a device
     other than the CPU also the rebuilt model where it fits, else one layer of it. The live model
-    and each other one run once over each batch.
+    and each other one run once over each batch, the live one over one sequence more.
 
     Args:
         kept: method -> weight -> retention, to name the worst by.

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -21,9 +22,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from merge_callback.batches import Batch, input_device, split_batch
+from merge_callback.batches import Batch, input_device, model_inputs, split_batch
 from merge_callback.pristine import is_shipped, pristine
 from merge_callback.processes import ALONE, Processes
+from merge_callback.stand_ins import without_cache
 from merge_callback.verification.limits import beyond_noise, noise_of
 from merge_callback.verification.outputs import Speaker, compare_outputs, is_routed
 
@@ -160,7 +162,9 @@ def _called(model: PreTrainedModel, batch: Batch) -> set[str]:
             handle = RemovableHandle(module._forward_pre_hooks)  # those of a first forward stay
             undo.callback(handle.remove)
             module._forward_pre_hooks[handle.id] = note(name)
-        Speaker(model, input_device(model)).outputs(batch)
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(without_cache(model))
+        model(**model_inputs(model, batch))
     return called
 
 
