@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from merge_callback.errors import MergeError
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import adapted, keep_cpu_weights_unpacked
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
+from merge_callback.verification.kernels import base_of, way
 from merge_callback.verification.outputs import Comparison, Speaker, compare_outputs
 from merge_callback.verification.rebuilt import computing_on, rebuild
 
@@ -40,27 +42,26 @@ def compare(
         CorruptVersion: a directory does not load whole.
         MergeError: a model does not run on these data, or nothing is predicted in them.
     """
-    base = None
     model: Any
     if isinstance(live, nn.Module):
-        unwrapped = adapted(live)
-        keep_cpu_weights_unpacked(unwrapped)
-        model = unwrapped
-        if isinstance(unwrapped, PeftModel):
-            model = unwrapped.get_base_model()
-            base = Speaker(model, input_device(model), partial(without_adapters, unwrapped))
+        model = adapted(live)
+        keep_cpu_weights_unpacked(model)
     else:
         model = rebuild(live, trust_remote_code=trust_remote_code)
-    device = input_device(model)
-    other = rebuild(directory, type(model), trust_remote_code=trust_remote_code)
-    with (
-        torch.no_grad(),
-        generators_kept(),
-        evaluating(model),
-        exact_maths([device.type]),
-        computing_on(other, device),
-    ):
-        return _compared(Speaker(model, device), base, Speaker(other, device), batches)
+    device = input_device(base_of(model))
+    other = rebuild(directory, type(base_of(model)), trust_remote_code=trust_remote_code)
+    batches = iter(batches)
+    first = list(islice(batches, 1))
+    with torch.no_grad(), generators_kept(), evaluating(model), exact_maths([device.type]):
+        if first and isinstance(live, nn.Module):
+            found = way(model, first[0])
+            model, other = found.of(model), found.of_loaded(other)
+        base = None
+        if isinstance(model, PeftModel):
+            base = Speaker(base_of(model), device, partial(without_adapters, model))
+        with computing_on(other, device):
+            speakers = Speaker(base_of(model), device), base, Speaker(other, device)
+            return _compared(*speakers, chain(first, batches))
 
 
 def _compared(

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from merge_callback.plan import Plan
 from merge_callback.processes import ALONE, Processes
 from merge_callback.rounding.grid import Rounded
 from merge_callback.stand_ins import evaluating, generators_kept, without_cache
+from merge_callback.verification.kernels import base_of, way
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +139,25 @@ def _with_data(
     seen, held = hold_out(taken, _HELD_BACK) if method == "tuned" else (taken, ())
     if not seen:
         raise MergeError(f"rounding={method!r} needs data, and {len(taken)} batches came")
+    found = way(plan.peft_model, seen[0], processes)
+    wrapped = found.of(plan.peft_model)
+    plan = replace(plan, model=base_of(wrapped), peft_model=wrapped)
     done = calibrate(
         plan,
         _share(seen, processes),
         deadline=deadline,
         progress=options.progress and processes.leads,
         processes=processes,
+        uncalled=found.uncalled,
     )
-    report = {"tokens": done.tokens, "stream_error": done.error, "left_out": done.left_out}
+    report: dict[str, Any] = {
+        "tokens": done.tokens,
+        "stream_error": done.error,
+        "left_out": done.left_out,
+    }
+    if found.told is not None:
+        report["kernels"] = found.told
+        logger.info("%s", found.told)
     _say_left_out(done.left_out)
     if method == "calibrated" or time.monotonic() > deadline or not processes.leads:
         return Choice("calibrated", done.rounded, report)

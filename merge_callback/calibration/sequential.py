@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def calibrate(
     deadline: float = math.inf,
     progress: bool = False,
     processes: Processes = ALONE,
+    uncalled: Mapping[str, str] = MappingProxyType({}),
 ) -> Calibration:
     """Round all 4-bit weights of a plan, whose model is in eval mode.
 
@@ -85,6 +87,7 @@ def calibrate(
         deadline: of `time.monotonic`; blocks that are not begun by then are left out.
         processes: that calibrate together, each with batches of its own behind the first, which is
             the leader's and counts once.
+        uncalled: layers that the model is known not to call -> why.
 
     Raises:
         MergeError: the live model does not run on these data, or gives values that are not finite.
@@ -98,8 +101,10 @@ def calibrate(
     linears = [name for name in weights if name not in done.left_out]
     blocks = _recorded(plan, linears, batches)
     reached = {name for block in blocks for name in block.linears.values()}
-    done.left_out |= {name: _NO_TOKENS for name in linears if name not in reached}
-    walk = _Walk(plan, batches, done, processes)
+    done.left_out |= {
+        name: uncalled.get(name, _NO_TOKENS) for name in linears if name not in reached
+    }
+    walk = _Walk(plan, batches, done, processes, uncalled)
     for block in tqdm(blocks, desc="calibrate", unit="block", disable=not progress):
         if processes.from_leader(time.monotonic() > deadline):
             done.left_out |= dict.fromkeys(block.linears.values(), OUT_OF_TIME)
@@ -139,9 +144,15 @@ class _Walk:
     """The way through the model: what has been rounded, and the two streams so far."""
 
     def __init__(
-        self, plan: Plan, batches: Sequence[Batch], done: Calibration, processes: Processes
+        self,
+        plan: Plan,
+        batches: Sequence[Batch],
+        done: Calibration,
+        processes: Processes,
+        uncalled: Mapping[str, str],
     ):
         self._plan = plan
+        self._uncalled = uncalled
         self._processes = processes
         self._batches = batches
         self._masks = [token_mask(batch) for batch in batches]
@@ -172,7 +183,7 @@ class _Walk:
             self._live, self._merged = [], []
         for name, full in block.linears.items():
             if weights[name].key not in self._done.rounded:
-                self._done.left_out[full] = reason or _NO_TOKENS
+                self._done.left_out[full] = reason or self._uncalled.get(full, _NO_TOKENS)
         block.forget()
 
     def _understood(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from merge_callback.retention import Retention
 from merge_callback.stand_ins import evaluating, generators_kept, without_adapters
 from merge_callback.verification.adapter_files import adapter_file_problems
 from merge_callback.verification.arithmetic import Findings, adapter_findings, base_findings
+from merge_callback.verification.kernels import Way, base_of, way
 from merge_callback.verification.limits import misses
 from merge_callback.verification.outputs import (
     Comparison,
@@ -31,6 +32,7 @@ from merge_callback.verification.outputs import (
     Speaker,
     Unusable,
     compare_outputs,
+    is_routed,
 )
 from merge_callback.verification.rebuilt import computing_on, is_short_of_memory, rebuild
 from merge_callback.verification.settings import (
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 Kept: TypeAlias = Mapping[str, Mapping[str, Retention]]  # method -> weight -> retention
 _WORST = 5
 _PASSED, _FAILED = "passed", "failed"
+_ROUND_KERNELS = "outputs by transformers' own classes"
 
 
 @dataclass
@@ -141,7 +144,7 @@ def verify_models(
     Beyond the live model and the logits of two models for 1024 tokens, or one sequence, this holds
     four float32 copies of each weight that is looked at (`plan.threads` at a time); on a device
     other than the CPU also the rebuilt model where it fits, else one layer of it. The live model
-    and each other one run once over each batch.
+    and each other one run once over each batch, the live one over one sequence more.
 
     Args:
         kept: method -> weight -> retention, to name the worst by.
@@ -170,7 +173,7 @@ def verify_models(
             done.comparisons[method] = replace(comparison, gain_kept=None, gain_error=None)
     for method, comparison in done.comparisons.items():
         known = kept.get(method, {})
-        found = list(misses(method, comparison, options, known, routed=_has_experts(plan)))
+        found = list(misses(method, comparison, options, known, routed=is_routed(plan.model)))
         done.problems += found
         done.checks[f"{method}: outputs"] = _FAILED if found else _PASSED
     limits = options.min_gain_kept is not None or options.max_kl is not None
@@ -191,11 +194,6 @@ def verify_beside_training(plan: Plan, options: MergeOptions, written: Written) 
     for what in ("weights as they are loaded", "outputs"):
         done.checks[what] = "not run: training went on"
     return _judged(done, options)
-
-
-def _has_experts(plan: Plan) -> bool:
-    fields = vars(plan.model.config.get_text_config())
-    return any("expert" in name and isinstance(n, int) and n > 1 for name, n in fields.items())
 
 
 def _check_arithmetic(done: Verification, plan: Plan) -> None:
@@ -284,8 +282,12 @@ def _compare(
 ) -> str:
     """Compare the outputs of all models; why not, if that was not possible."""
     device = input_device(plan.model)
-    live = Speaker(plan.model, device)
-    base = Speaker(plan.model, device, partial(without_adapters, plan.peft_model))
+    found = way(plan.peft_model, batches[0])
+    _say(done, plan, found)
+    wrapped = found.of(plan.peft_model)
+    models = {method: found.of_loaded(model) for method, model in models.items()}
+    live = Speaker(base_of(wrapped), device)
+    base = Speaker(base_of(wrapped), device, partial(without_adapters, wrapped))
     others = {method: Speaker(model, device) for method, model in models.items()}
     try:
         with contextlib.ExitStack() as stack:
@@ -311,6 +313,19 @@ def _compare(
         done.problems.append(f"outputs could not be compared: {type(error).__name__}: {error}")
         done.checks["outputs"] = _FAILED
     return ""
+
+
+def _say(done: Verification, plan: Plan, found: Way) -> None:
+    """That outputs are not those of the model's own forwards; or why, where layers go uncalled."""
+    adapted = any(name in found.uncalled for name in _adapted(plan))
+    if found.around:
+        done.checks[_ROUND_KERNELS] = f"passed; {found.told}"
+    elif found.told is not None and (adapted or not found.agrees):
+        done.leave_out(_ROUND_KERNELS, found.told)
+
+
+def _adapted(plan: Plan) -> Iterator[str]:
+    return (key.removesuffix(".weight") for key, weight in plan.weights.items() if weight.updates)
 
 
 def _not_compared(done: Verification, why: str) -> str:

@@ -43,7 +43,7 @@ def misses(
         return
     # On the original base it is another model by itself, which may have gained less.
     if method == "merged_16bit" and options.base == "live":
-        yield from _noise_misses(method, found, options, _ROUTED if routed else 1.0)
+        yield from _noise_misses(method, found, options, noise_of(routed))
     far = None not in (found.kl, found.kl_base)
     if far and found.kl > 2 * found.kl_base + _LOST_KL:  # type: ignore[operator]
         yield (
@@ -63,16 +63,30 @@ def _noise_misses(
         slack = noise * _GAIN + _ERRORS * (found.gain_error or 0.0)
         if abs(gain - 1) > slack:
             yield f"{method}: keeps {gain:.1%} of what training gained; {cure}"
-    if found.kl is not None and options.max_kl is None:
+    for told in beyond_noise(found, noise, kl=options.max_kl is None):
+        yield f"{method}: {told}; {cure}"
+
+
+def beyond_noise(found: Comparison, noise: float = 1.0, *, kl: bool = True) -> Iterator[str]:
+    """What two models differ in by more than 16 bits explain, and a share of how far the base is.
+
+    Args:
+        noise: times that of a model without experts.
+        kl: look at it, too.
+    """
+    if found.kl is not None and kl:
         most = noise * _NOISE_KL + _SHARE * (found.kl_base or 0.0)
         if not found.kl <= most:
-            told = f"KL {found.kl:.3g} nats, and 16-bit rounding explains {most:.2g}"
-            yield f"{method}: {told}; {cure}"
+            yield f"KL {found.kl:.3g} nats, and 16-bit rounding explains {most:.2g}"
     scores = _SCORES if found.kl is not None else 1.0  # KL is the sharper measure of scores
     most = scores * noise * _NOISE_ERROR + _SHARE * (found.error_base or 0.0)
     if not found.error <= most:
-        told = f"outputs are off by {found.error:.2g}, and 16-bit rounding explains {most:.2g}"
-        yield f"{method}: {told}; {cure}"
+        yield f"outputs are off by {found.error:.2g}, and 16-bit rounding explains {most:.2g}"
+
+
+def noise_of(routed: bool) -> float:
+    """The noise of a model; `routed`: it has experts, and a router that noise can turn."""
+    return _ROUTED if routed else 1.0
 
 
 def keeps_little(found: Mapping[str, Any]) -> bool:

@@ -93,6 +93,12 @@ class Speaker:
         return next(v for v in values if _is_an_output(v)), False
 
 
+def is_routed(model: PreTrainedModel) -> bool:
+    """Whether it has experts, and a router that noise can turn."""
+    fields = vars(model.config.get_text_config())
+    return any("expert" in name and isinstance(n, int) and n > 1 for name, n in fields.items())
+
+
 def _is_an_output(value: Any) -> bool:
     """Whether it has a row for each sequence, as a loss has not."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
