@@ -1,6 +1,7 @@
 """What is asked for: names and arguments of ours, and those of Unsloth's."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 from models import tokenizer
@@ -16,6 +17,7 @@ CALLS = {
         FOR_MERGE_ADAPTER,
     ),
 }
+PAGE = Path(__file__).resolve().parents[1] / "docs/how-to/unsloth.md"
 OURS = {"callback": MergeOnSaveCallback, "merge_adapter": merge_adapter}
 
 
@@ -83,3 +85,10 @@ def test_what_nobody_knows_is_a_type_error():
         MergeOnSaveCallback(rouding="nearest")
     with pytest.raises(TypeError, match="unexpected keyword argument 'rouding'"):
         merge_adapter(None, "out", rouding="nearest")
+
+
+def test_the_page_on_unsloth_answers_every_argument():
+    page = PAGE.read_text()
+    for name in FOR_CALLBACK | FOR_MERGE_ADAPTER:
+        cures = (known.get(name, "the same") for known in (FOR_CALLBACK, FOR_MERGE_ADAPTER))
+        assert f"| `{name}` | {' | '.join(cures)} |" in page
