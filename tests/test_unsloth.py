@@ -295,4 +295,4 @@ def test_the_page_on_unsloth_runs(bases, stock, tmp_path, monkeypatch):
         else:
             run_bash(block, {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     assert [block.title for block in page if block.title] == ["train.py", "ask.py"]
-    assert stock("run/_merged/step-00000060")[1]["eos"] == tokenizer().eos_token
+    assert stock(tmp_path / "run/_merged/step-00000060")[1]["eos"] == tokenizer().eos_token
