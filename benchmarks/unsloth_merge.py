@@ -105,7 +105,8 @@ def main():
     for name in ("live", "base", "Unsloth's", "this one's"):
         loss, divergence = found[name]
         gain = 100 * (found["base"][0] - loss) / lost
-        print(f"| {name} | {seconds.get(name, 0):.0f} | {loss:.4f} | {gain:.1f} % | {divergence:.5f} |")
+        took = f"{seconds[name]:.0f}" if name in seconds else ""
+        print(f"| {name} | {took} | {loss:.4f} | {gain:.1f} % | {divergence:.5f} |")
     told = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     threads = f"{torch.get_num_threads()} threads of {processor()}"
     print(f"\n{datetime.date.today().isoformat()}, {threads}, {told}")
