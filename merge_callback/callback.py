@@ -42,6 +42,7 @@ from merge_callback.exact_maths import exact_maths
 from merge_callback.export import check_merge, export
 from merge_callback.live import adapted, keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
+from merge_callback.migration import FOR_CALLBACK, refusing
 from merge_callback.moments import Moment, best_step, best_steps, interrupted, saves_to_come
 from merge_callback.options import MergeOptions, positive
 from merge_callback.plan import Plan
@@ -140,6 +141,7 @@ class MergeOnSaveCallback(TrainerCallback):
             training it is raised at the next step, with several processes at the next checkpoint.
     """
 
+    @refusing(FOR_CALLBACK)
     def __init__(
         self,
         output_dir: str | os.PathLike[str] | None = None,

@@ -132,6 +132,18 @@ def generation_problems(plan: Plan) -> list[str]:
     return []
 
 
+def live_config(model: nn.Module) -> PretrainedConfig:
+    """A copy of the model's config, whose quantisation is an object.
+
+    Where there is a GPU Unsloth makes a dict of it, with a torch.dtype that JSON does not hold.
+    """
+    config: Any = copy.deepcopy(model.config)
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == "bitsandbytes":
+        config.quantization_config = BitsAndBytesConfig(**found)  # type: ignore[no-untyped-call]
+    return config  # type: ignore[no-any-return]
+
+
 def generation_config(plan: Plan) -> GenerationConfig | None:
     """A copy of the model's generation config; None when it does not generate."""
     found = getattr(plan.model, "generation_config", None)
@@ -242,7 +254,7 @@ def _lift(directory: Path) -> None:
 
 def merged_config(plan: Plan, method: str, restored: Mapping[str, Any]) -> PretrainedConfig:
     """The config of one merged model, with values that its trainer had changed."""
-    config = copy.deepcopy(plan.model.config)
+    config = live_config(plan.model)
     config.architectures = [class_of(plan.model).__name__]
     _set(config, restored)
     if plan.ties_broken:

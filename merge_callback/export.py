@@ -26,6 +26,7 @@ from merge_callback.errors import CorruptVersion, MergeError, MergeRefused
 from merge_callback.exact_maths import exact_maths
 from merge_callback.live import is_sharded_model, keep_cpu_weights_unpacked
 from merge_callback.manifest import Training
+from merge_callback.migration import FOR_MERGE_ADAPTER, refusing
 from merge_callback.options import MergeOptions
 from merge_callback.plan import Plan
 from merge_callback.planning import make_plan
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 _TOLD_BY_THE_LEADER = MergeResult("", {}, {})
 
 
+@refusing(FOR_MERGE_ADAPTER)
 def merge_adapter(
     model: nn.Module,
     output_dir: str | os.PathLike[str],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SAVE_METHODS = ("merged_4bit", "merged_16bit", "lora")
 ROUNDINGS = ("auto", "nearest", "stochastic", "calibrated", "tuned")
 BASES = ("live", "original")
+# Unsloth's names, whose spelling it is loose about: "Merged 4bit-forced" is one, too.
 _SYNONYMS = {"merged_4bit_forced": "merged_4bit", "forced_merged_4bit": "merged_4bit"}
 
 
@@ -32,7 +33,8 @@ class MergeOptions:
 
     Attributes:
         save_method: `"merged_4bit"`, `"merged_16bit"`, `"lora"`, or several, made in one pass.
-            None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`.
+            None: `"merged_4bit"` on a bitsandbytes 4-bit base, else `"merged_16bit"`. Unsloth's
+            names and spellings are understood.
         rounding: how 4-bit codes are chosen.
             `"nearest"`: bitsandbytes' own; on a 4-bit base it rounds the training away.
             `"stochastic"`: up or down by chance, so that on average nothing is lost; needs no data;
@@ -132,7 +134,8 @@ class MergeOptions:
         if asked is None:
             return ("merged_4bit",) if base_is_4bit else ("merged_16bit",)
         names = (asked,) if isinstance(asked, str) else asked
-        return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in names))
+        spelled = [name.lower().strip().replace("-", "_").replace(" ", "_") for name in names]
+        return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in spelled))
 
     @property
     def output_dtype(self) -> torch.dtype | None:

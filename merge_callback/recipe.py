@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, TrainerState, TrainingArguments
 from transformers.modeling_utils import unwrap_model
 
-from merge_callback.companions import RESTORED
+from merge_callback.companions import RESTORED, live_config
 from merge_callback.engines import class_of
 from merge_callback.errors import MergeRefused
 from merge_callback.foreign import read_json, refuse_layers
@@ -108,7 +108,7 @@ def write_recipe(model: nn.Module, directory: Path) -> None:
         "model_class": class_of(base).__name__,
         "model_type": base.config.model_type,
         "dtype": dtype if dtype in DTYPES else None,
-        "quantization": _quantization(base.config),
+        "quantization": _quantization(live_config(base)),
         "config": settings_of(base.config),
         "num_embeddings": _rows_of(input_embeddings(base)),
     }

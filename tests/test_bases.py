@@ -26,6 +26,7 @@ from merge_callback import MergeOptions, MergeRefused, MergeStore, merge_adapter
 from merge_callback.export import check_merge
 from merge_callback.model_code import used_outside_their_layers
 from merge_callback.planning import make_plan
+from merge_callback.recipe import write_recipe
 from merge_callback.shards import DTYPE_NAMES
 from merge_callback.verification.tensors import Deviation, deviations
 
@@ -479,3 +480,33 @@ def test_what_loaders_skip_for_its_tie_is_named_once_the_tie_breaks(tmp_path):
     assert result.manifest["verification"]["checks"]["merged_4bit: outputs"] == "passed"
     config = json.loads((result.path / "config.json").read_text())["quantization_config"]
     assert "text_decoder.cls.predictions.decoder" in config["llm_int8_skip_modules"]
+
+
+def test_a_quantisation_that_the_config_holds_as_a_dict_is_written_as_an_object_is(tmp_path):
+    model = qlora(tmp_path)
+    settings = {
+        "save_method": ["merged_4bit", "merged_16bit"], "rounding": "nearest",
+        "verification_data": [{"input_ids": torch.arange(3, 35)[None]}], "progress": False,
+    }  # fmt: skip
+    plain = merge_adapter(model, tmp_path / "plain", **settings)
+    write_recipe(model, plain.paths["merged_4bit"])
+    told = {  # as Unsloth's loader does where there is a GPU
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    model.config.update({"quantization_config": told})
+    result = merge_adapter(model, tmp_path / "dict", **settings)
+    write_recipe(model, result.paths["merged_4bit"])
+    assert model.config.quantization_config is told
+    for method, path in plain.paths.items():
+        for file in path.iterdir():
+            if file.name in ("config.json", "model.safetensors", "merge_callback.json"):
+                assert (result.paths[method] / file.name).read_bytes() == file.read_bytes(), file

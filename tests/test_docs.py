@@ -51,6 +51,7 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
     if path.parent.name != "example" and (found := blocks(path.read_text()))
 }
+PAGES.pop("docs/how-to/unsloth.md")  # run by test_unsloth.py
 PAGES.pop("README.md")  # whose blocks are those of docs/index.md, see below
 
 

@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig
 
 from merge_callback.codecs.bnb4 import Bnb4
-from merge_callback.companions import SavedProcessor, aligned, generation_config
+from merge_callback.companions import SavedProcessor, aligned, generation_config, live_config
 from merge_callback.engines import class_of
 from merge_callback.loading import asking_nobody
 from merge_callback.plan import Plan
@@ -52,7 +52,7 @@ def config_problems(
         given: the tokenizer or processor that was saved with it, whose special tokens it has.
     """
     live, _ = aligned(  # of a copy: saving a config changes it
-        copy.deepcopy(plan.model.config), generation_config(plan), given
+        live_config(plan.model), generation_config(plan), given
     )
     kind: Any = type(live)
     wanted = _fields(live)
@@ -142,7 +142,7 @@ def _quantization(plan: Plan, method: str, live: Mapping[str, Any] | None) -> di
 
 def generation_problems(plan: Plan, place: Path, given: Any = None) -> Iterator[str]:
     """Fields of generation_config.json that are not the live ones; `given` as for the config."""
-    _, live = aligned(copy.deepcopy(plan.model.config), generation_config(plan), given)
+    _, live = aligned(live_config(plan.model), generation_config(plan), given)
     if live is None:
         return
     wanted = _generation_fields(live)
