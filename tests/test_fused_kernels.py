@@ -135,7 +135,7 @@ def patched(tmp_path, what, where):
 
 
 def merged(tmp_path, model, rounding, **settings):
-    settings = {"calibration_data": batches(9), "progress": False} | settings
+    settings = {"calibration_data": batches(4), "progress": False} | settings
     return merge_adapter(model, tmp_path / "out", rounding=rounding, **settings)
 
 
