@@ -57,6 +57,18 @@ def delta_factors(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor, fl
     return a.transpose(1, 2).float(), b.transpose(1, 2).float(), layer.scaling[adapter]
 
 
+def install_capturing_hooks(model: PreTrainedModel) -> None:
+    """Let a model look for the layers whose outputs it records, by their classes.
+
+    transformers 5.2 looks once, at a first forward; before, at each.
+    """
+    try:
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:
+        return
+    maybe_install_capturing_hooks(model)
+
+
 def align_special_tokens(
     config: PretrainedConfig, generation: GenerationConfig | None, tokenizer: Any
 ) -> None:

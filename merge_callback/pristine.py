@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from merge_callback.compat import install_capturing_hooks
 
 _SHIPPED = "transformers.models."
 
@@ -35,7 +36,7 @@ def pristine(model: M) -> M:
     twin = twins.of(model, None, None)
     for part in twin.modules():
         if isinstance(part, PreTrainedModel):
-            maybe_install_capturing_hooks(part)  # a first forward would look for the other classes
+            install_capturing_hooks(part)  # a first forward would look for the other classes
     twins.change_classes()
     return twin
 
