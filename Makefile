@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 
 .PHONY: install format check test test-quick test-faults test-lowest test-latest support-matrix \
-	test-unsloth demo docs picture dist audit bench-fidelity bench-speed bench-unsloth clean
+	test-unsloth frameworks demo docs picture dist audit bench-fidelity bench-speed bench-unsloth clean
 
 install: $(VENV)/.installed
 
@@ -58,6 +58,10 @@ test-faults: install
 
 test-lowest test-latest: test-%: .%/.installed
 	.$*/bin/python -m pytest -n 2 $(TESTS)
+
+# Whether it can be installed beside the frameworks that train, and changes no package there.
+frameworks: install
+	$(BIN)/python tests/stacks/frameworks.py
 
 # Unsloth wants to be imported before transformers is, and warns of much that is not ours.
 UNSLOTH := unsloth==2026.10.9 unsloth_zoo==2026.10.9
