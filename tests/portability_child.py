@@ -150,7 +150,7 @@ def merge(root):
     except VerificationError:
         rows["refused"] = True
     merge_adapter(model, root / "merged", save_method=["merged_4bit", "lora"], **settings)
-    return rows | {"left": listing(root / "merged")}
+    return rows | {"left": listing(root / "merged"), "files": listing(root / "merged" / "merged")}
 
 
 if __name__ == "__main__":

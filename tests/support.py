@@ -10,6 +10,13 @@ INTRODUCTIONS = {
         "",
         "Made by the tests, from what they ran: `make support-matrix`. Each *yes* is a real, tiny",
         "model; other cells say why not.",
+        "",
+        "The tests ran on Linux. What Windows lacks and does otherwise was simulated there:",
+        "without fcntl, O_DIRECTORY, fork and sysconf, with directories that cannot be opened,",
+        "and files that cannot be moved or removed while they are open, every module is",
+        "imported, versions are published, recovered after a process was ended, and pruned,",
+        "processes race, and a QLoRA model is trained, calibrated, merged and verified",
+        "(`tests/test_portability.py`). Nothing was run on Windows or macOS.",
     ],
     "reliability.md": [
         "# What a fault leaves",

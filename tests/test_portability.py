@@ -100,6 +100,12 @@ def test_what_a_refusal_leaves_the_next_merge_removes(merged):
     assert merged["refused"] and merged["left"] == ["merged"]
 
 
+def test_texts_are_written_whatever_the_locale(merged):
+    """In ASCII, and where it is an error to leave the encoding to the locale."""
+    written = ["README.md", "lora", "merge_manifest.json", "merge_report.json", "merge_report.md"]
+    assert merged["files"] == sorted([*written, "merge_report.png", "merged_4bit"])
+
+
 @pytest.mark.parametrize("name", ["..\\secret", "a\\b", "C:/secret", "C:secret", "//host/share/x"])
 def test_no_name_in_a_manifest_leads_out_of_a_version_on_windows(monkeypatch, name):
     monkeypatch.setattr(merge_callback.versions, "Path", PureWindowsPath)
