@@ -9,6 +9,7 @@ paths, and libraries that were imported before stay those of the machine.
 import ctypes
 import errno
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -109,6 +110,9 @@ def become():
 
     os.open, os.fsync, os.rename, os.replace = opened, fsync, rename, replace
     os.unlink = os.remove = unlink
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 keeps what it imported
+        for name in ("rename", "replace", "unlink"):
+            setattr(accessor, name, staticmethod(getattr(os, name)))
     shutil._use_fd_functions = False
     ctypes.CDLL = _Library
     for module, names in GONE.items():
