@@ -431,9 +431,10 @@ def test_a_fault_loses_nothing_and_the_push_goes_on_from_there(
 
 def test_a_hub_that_is_down_is_not_asked_for_each_version(tmp_path, server):
     server.fault("/refs", "reset", times=-1)
-    uploads = Uploads(Hub())
-    for name in ("step-1", "step-2", "step-3"):
-        uploads.add(make(tmp_path, name=name), Target(REPO))
+    versions = [make(tmp_path, name=name) for name in ("step-1", "step-2", "step-3")]
+    uploads = Uploads(Hub(delays=(2.0,)))  # seconds, in which all three are added
+    for version in versions:
+        uploads.add(version, Target(REPO))
     uploads.join(progress=False)
     assert [failure.version.name for failure in uploads.failures] == ["step-1", "step-2", "step-3"]
     asked = [path for _, path, _ in server.state()["requests"]]
