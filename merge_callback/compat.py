@@ -28,7 +28,7 @@ class _Unknown:
     """In place of a class that this version does not have: nothing is an instance of it."""
 
 
-# transformers 5.6: the prefix of a class may change. 5.14: several names are renamed at once.
+# transformers 5.6: the prefix of a class may change. By 5.14 several names are renamed at once.
 PrefixChange: Any = getattr(core_model_loading, "PrefixChange", _Unknown)
 GroupWeightRename: Any = getattr(core_model_loading, "GroupWeightRename", _Unknown)
 
@@ -46,7 +46,7 @@ def dtypes_kept(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
 def delta_factors(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor, float]:
     """Factors (experts, in, rank) and (experts, rank, out) of a fused parameter, and their scaling.
 
-    PEFT 0.19 made a method of it, which also knows parameters that are stored as (out, in).
+    PEFT 0.18 has no method for it, and knows no parameters that are stored as (out, in).
     """
     if hasattr(layer, "get_delta_factors"):
         found: tuple[Tensor, Tensor, float] = layer.get_delta_factors(adapter)

@@ -1,11 +1,8 @@
 """Tiny real models, and what a merge of them must give, computed in float64."""
 
 import copy
-from importlib import metadata
 
-import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
@@ -23,13 +20,6 @@ from merge_callback.live import keep_cpu_weights_unpacked
 
 QUANTISED = ("nf4-nested", "nf4", "fp4")
 BASES = (*QUANTISED, "int8", "bfloat16", "float32")
-
-
-def skip_what_bitsandbytes_cannot(numel, quant_type="nf4"):
-    """Before 0.50, on a CPU, it took even numbers of values alone, and rounded FP4 otherwise."""
-    if Version(metadata.version("bitsandbytes")) < Version("0.50"):
-        if numel % 2 or quant_type == "fp4":
-            pytest.skip("bitsandbytes 0.50 was the first to quantise these on a CPU")
 
 
 def save_base(path, *, tied=True, dtype=torch.bfloat16, **changes):

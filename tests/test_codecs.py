@@ -3,7 +3,6 @@
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from models import skip_what_bitsandbytes_cannot
 
 from merge_callback.codecs import encode
 from merge_callback.codecs.bnb4 import Bnb4, Bnb4Weight
@@ -29,7 +28,6 @@ def load(encoded, name="w"):
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encoding_is_that_of_bitsandbytes(shape, blocksize, nested, quant_type):
-    skip_what_bitsandbytes_cannot(torch.Size(shape).numel(), quant_type)
     weight = torch.randn(shape)
     codec = container(quant_type, nested, blocksize)
     encoded = encode(codec, "w", weight)
@@ -52,7 +50,6 @@ def test_encoding_is_that_of_bitsandbytes(shape, blocksize, nested, quant_type):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_what_a_loader_decodes(shape, nested):
-    skip_what_bitsandbytes_cannot(torch.Size(shape).numel())
     codec = container(nested=nested, dtype=torch.float32)
     encoded = encode(codec, "w", torch.randn(shape))
     values = torch.cat(list(codec.values("w", encoded, torch.Size(shape).numel())))

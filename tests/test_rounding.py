@@ -6,7 +6,6 @@ from dataclasses import replace
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from models import skip_what_bitsandbytes_cannot
 
 from merge_callback.rounding import calibrated as rounding
 from merge_callback.rounding.calibrated import Rows, calibrated, solve
@@ -33,7 +32,6 @@ def normal(*shape, seed=0):
 
 def base(grid, shape, seed=0):
     """A base weight as a loader has it, its own grid (with its offset), and its scales."""
-    skip_what_bitsandbytes_cannot(torch.Size(shape).numel())
     scales = nearest(normal(*shape, seed=seed), grid).scales
     offset = float(scales.mean()) if grid.nested else None
     own = Grid(
@@ -92,7 +90,6 @@ def test_numbers_at_next_to_and_beyond_a_boundary_are_on_its_right_side(grid):
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, RUN + 130])
 @pytest.mark.parametrize("grid", GRIDS[1::2], ids=ids[1::2])
 def test_nearest_codes_and_scales_are_those_of_bitsandbytes(grid, numel):
-    skip_what_bitsandbytes_cannot(numel, grid.quant_type)
     weight = normal(numel) * torch.logspace(-40, 3, numel)  # subnormal ones too
     weight[numel // 2 :][:64] = 0
     if numel > RUN:  # every tie there is, at a scale that is a power of two
